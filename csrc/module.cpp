@@ -1,0 +1,135 @@
+// Python bindings, nothing else. Memory arrives as addresses: a torch tensor costs more than a microsecond to convert
+// through DLPack and an address 50 ns, in a call whose fixed cost is a few microseconds a table. The price is that the
+// one caller, sparseadam/update/native.py, answers for dtypes, strides and lifetimes; nothing is ever converted or
+// copied on the way, so what is written is the caller's own memory.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "step.h"
+
+namespace nb = nanobind;
+using namespace sparseadam;
+
+namespace {
+
+template <class T>
+T* at_address(uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // NOLINT: the address is a tensor's data_ptr()
+}
+
+const std::vector<std::pair<std::string, ElementType>> kElementTypes = {{"float32", ElementType::kFloat32},
+                                                                        {"float64", ElementType::kFloat64},
+                                                                        {"bfloat16", ElementType::kBFloat16},
+                                                                        {"float16", ElementType::kFloat16}};
+const std::vector<std::pair<std::string, InstructionSet>> kInstructionSets = {
+    {"portable", InstructionSet::kPortable}, {"avx2", InstructionSet::kAvx2}, {"avx512", InstructionSet::kAvx512}};
+
+template <class T>
+T by_name(const std::vector<std::pair<std::string, T>>& names, const std::string& name) {
+  for (const auto& [known, value] : names) {
+    if (known == name) return value;
+  }
+  throw std::invalid_argument("unknown name " + name);
+}
+
+std::vector<std::string> element_types() {
+  std::vector<std::string> names;
+  for (const auto& [name, element] : kElementTypes) {
+    if (update_rows_for(element, InstructionSet::kPortable) != nullptr) names.push_back(name);
+  }
+  return names;
+}
+
+std::vector<std::string> instruction_set_names() {
+  std::vector<std::string> names;
+  for (const InstructionSet found : instruction_sets()) {
+    for (const auto& [name, instruction_set] : kInstructionSets) {
+      if (instruction_set == found) names.push_back(name);
+    }
+  }
+  return names;
+}
+
+Table make_table(uintptr_t table, int64_t table_stride, const std::string& element_type,
+                 std::vector<int64_t> sparse_shape, int64_t width, uintptr_t exp_avg, uintptr_t exp_avg_sq,
+                 int64_t moment_stride, uintptr_t slot_of_row, bool wide_slots, uintptr_t rows) {
+  int64_t num_rows = 1;
+  for (const int64_t size : sparse_shape) num_rows *= size;
+  return {at_address<void>(table),
+          table_stride,
+          by_name(kElementTypes, element_type),
+          std::move(sparse_shape),
+          num_rows,
+          width,
+          at_address<void>(exp_avg),
+          at_address<void>(exp_avg_sq),
+          moment_stride,
+          at_address<void>(slot_of_row),
+          wide_slots,
+          at_address<int64_t>(rows)};
+}
+
+// (table, address of indices, address of values, number of lookups, number of slots, scalars)
+using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, int64_t, std::array<double, 7>>;
+// (table, lookup, dimension, index)
+using BadTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+std::pair<std::vector<int64_t>, std::optional<BadTuple>> run_step(const std::vector<StepTuple>& tuples,
+                                                                  const std::string& instruction_set, int num_threads) {
+  std::vector<TableStep> tables;
+  tables.reserve(tuples.size());
+  for (const auto& [table, indices, values, num_lookups, num_slots, s] : tuples) {
+    tables.push_back({table,
+                      at_address<const int64_t>(indices),
+                      at_address<const void>(values),
+                      num_lookups,
+                      num_slots,
+                      {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}});
+  }
+  const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
+  BadLookup bad;
+  {
+    const nb::gil_scoped_release release;
+    bad = step(tables, chosen, num_threads);
+  }
+  std::vector<int64_t> num_slots;
+  num_slots.reserve(tables.size());
+  for (const TableStep& table : tables) num_slots.push_back(table.num_slots);
+  std::optional<BadTuple> bad_tuple;
+  if (bad.table >= 0) bad_tuple = BadTuple{bad.table, bad.at.lookup, bad.at.dim, bad.at.index};
+  return {std::move(num_slots), bad_tuple};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The sparse Adam step on the CPU. Private: called by sparseadam.update.native alone.";
+  nb::class_<Table>(m, "Table", "A table and its compact moments, by address.")
+      .def(nb::new_(&make_table), nb::kw_only(), nb::arg("table"), nb::arg("table_stride"), nb::arg("element_type"),
+           nb::arg("sparse_shape"), nb::arg("width"), nb::arg("exp_avg"), nb::arg("exp_avg_sq"),
+           nb::arg("moment_stride"), nb::arg("slot_of_row"), nb::arg("wide_slots"), nb::arg("rows"));
+  m.def("element_types", &element_types, "Names of the table dtypes that this build can update.");
+  m.def("instruction_sets", &instruction_set_names, "Names of the instruction sets at hand, slowest first.");
+  m.def("fits", &Partitioning::fits, nb::arg("num_rows"), nb::arg("num_lookups"),
+        "Whether a step of this size fits the packed (row, position) entries.");
+  m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
+        "Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as\n"
+        "(table, lookup, dimension, index).");
+#if defined(_OPENMP)
+  m.attr("threads") = "OpenMP";
+#else
+  m.attr("threads") = "none";
+#endif
+}

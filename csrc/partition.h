@@ -1,0 +1,84 @@
+// Lookups -> partitions sorted by row.
+//
+// A gradient names its rows in the order the batch looked them up: any order, any row many times. The walk over the
+// table wants each row once and in row order, because then pages and cache lines are met once and in a direction that
+// the hardware can follow. This file gets from the one to the other; it does no arithmetic on values and writes
+// nothing that the caller can see, so every index is checked here, before the first row is changed.
+//
+//   1. partition_chunk: a chunk of lookups is counted and scattered by row range into its own stretch of `scattered`.
+//      Chunks are independent of each other, so they need no common prefix sum and no barrier among them.
+//   2. sort_partition: the stretches of one row range are gathered, chunk after chunk, and sorted by row in cache.
+//
+// An entry packs (row, position) into one 64-bit word, row above position. Sorting is stable by construction, so the
+// lookups of a row stay in lookup order and their sum does not depend on the number of chunks or threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace sparseadam {
+
+using Entry = uint64_t;
+
+// Where a gradient's lookups point: `indices` is [sparse_dim, num_lookups], row-major, as torch stores it.
+struct Lookups {
+  const int64_t* indices;
+  const int64_t* sparse_shape;  // [sparse_dim]: the table's leading sizes; their product is the number of rows
+  int64_t sparse_dim;
+  int64_t num_lookups;
+};
+
+// The first index found outside its dimension; `lookup` is -1 where there is none.
+struct BadIndex {
+  int64_t lookup = -1;
+  int64_t dim = 0;
+  int64_t index = 0;
+};
+
+class Partitioning {
+ public:
+  // Whether rows and positions of this size fit into an Entry together.
+  static bool fits(int64_t num_rows, int64_t num_lookups);
+
+  // Plans chunks and row ranges and reserves memory for them; keeps what earlier steps reserved.
+  void plan(const Lookups& lookups, int64_t num_rows);
+
+  int64_t num_chunks() const { return num_chunks_; }
+  int64_t num_partitions() const { return num_partitions_; }
+  int64_t largest_partition() const { return largest_partition_; }
+
+  // Step 1, for one chunk. Thread-safe for distinct chunks. Checks every index it reads.
+  BadIndex partition_chunk(int64_t chunk);
+
+  // Between the steps, on one thread: where each partition starts in the sorted order.
+  void finish_partitioning();
+
+  // Step 2, for one partition; `scratch` holds at least largest_partition() entries. Thread-safe for distinct ones.
+  void sort_partition(int64_t partition, Entry* scratch);
+
+  int64_t partition_begin(int64_t partition) const { return partition_begins_[partition]; }
+  int64_t partition_end(int64_t partition) const { return partition_begins_[partition + 1]; }
+  const Entry* sorted() const { return sorted_.data(); }
+  int64_t row_of(Entry entry) const { return static_cast<int64_t>(entry >> position_bits_); }
+  int64_t position_of(Entry entry) const { return static_cast<int64_t>(entry & position_mask_); }
+
+ private:
+  BadIndex find_bad_index(int64_t begin, int64_t end) const;
+
+  Lookups lookups_{};
+  int64_t num_rows_ = 0;
+  int64_t num_chunks_ = 0;
+  int64_t chunk_size_ = 0;
+  int64_t num_partitions_ = 0;
+  int64_t largest_partition_ = 0;
+  int position_bits_ = 0;
+  int range_bits_ = 0;  // a partition covers 2**range_bits_ consecutive rows
+  Entry position_mask_ = 0;
+  std::vector<Entry> scattered_;           // [num_lookups], by chunk, then by partition
+  std::vector<Entry> sorted_;              // [num_lookups], by row, then by position
+  std::vector<uint32_t> segment_begins_;   // [num_chunks, num_partitions + 1], into scattered_, relative to the chunk
+  std::vector<int64_t> partition_begins_;  // [num_partitions + 1], into sorted_
+};
+
+}  // namespace sparseadam

@@ -1,0 +1,317 @@
+#include "step.h"
+
+#include <memory>
+#include <mutex>
+
+#include "parallel.h"
+#include "partition.h"
+
+namespace sparseadam {
+
+namespace {
+
+// Below this many bytes of values a second thread costs more than it brings: waking it takes tens of microseconds.
+constexpr int64_t kMinBytesPerThread = 128 * 1024;
+constexpr int64_t kSlotPrefetchDistance = 16;
+
+// What one thread needs while it walks a partition.
+struct ThreadScratch {
+  std::vector<Entry> entries;
+  std::vector<int64_t> slots;
+  std::vector<double> sum;  // doubles, so that it is aligned for, and large enough for, either type of moments
+};
+
+// What one table needs during a step. `begins` and `ends` delimit the rows of each partition in the sorted lookups;
+// once a partition is walked, its part of both holds the new rows that wait for their slots.
+struct TableScratch {
+  Partitioning lookups;
+  std::vector<uint32_t> begins;
+  std::vector<uint32_t> ends;
+  std::vector<int64_t> num_new_rows;  // per partition; then the first slot of its new rows
+};
+
+struct Task {
+  int64_t table;
+  int64_t part;  // chunk or partition
+};
+
+// Memory of a step, kept from step to step so that a step in steady state allocates nothing.
+struct Workspace {
+  std::vector<TableScratch> tables;
+  std::vector<ThreadScratch> threads;
+  std::vector<Task> chunks;
+  std::vector<Task> partitions;
+  std::vector<BadIndex> bad;  // per chunk
+};
+
+// Workspaces not in use. Steps of several Python threads each take their own.
+class WorkspacePool {
+ public:
+  std::unique_ptr<Workspace> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.empty()) return std::make_unique<Workspace>();
+    auto workspace = std::move(idle_.back());
+    idle_.pop_back();
+    return workspace;
+  }
+  void give_back(std::unique_ptr<Workspace> workspace) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(workspace));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+class BorrowedWorkspace {
+ public:
+  BorrowedWorkspace() : workspace_(pool().take()) {}
+  ~BorrowedWorkspace() { pool().give_back(std::move(workspace_)); }
+  BorrowedWorkspace(const BorrowedWorkspace&) = delete;
+  BorrowedWorkspace& operator=(const BorrowedWorkspace&) = delete;
+  Workspace& operator*() { return *workspace_; }
+
+ private:
+  static WorkspacePool& pool() {
+    static WorkspacePool instance;
+    return instance;
+  }
+  std::unique_ptr<Workspace> workspace_;
+};
+
+template <class T>
+void grow(std::vector<T>& buffer, int64_t size) {
+  if (buffer.size() < static_cast<size_t>(size)) buffer.resize(static_cast<size_t>(size));
+}
+
+int64_t read_slot(const Table& table, int64_t row) {
+  return (table.wide_slots ? static_cast<const int64_t*>(table.slot_of_row)[row]
+                           : static_cast<const int32_t*>(table.slot_of_row)[row]) -
+         1;
+}
+
+void write_slot(const Table& table, int64_t row, int64_t slot) {
+  if (table.wide_slots) {
+    static_cast<int64_t*>(table.slot_of_row)[row] = slot + 1;
+  } else {
+    static_cast<int32_t*>(table.slot_of_row)[row] = static_cast<int32_t>(slot + 1);
+  }
+}
+
+void prefetch_slot(const Table& table, int64_t row) {
+  const int64_t size = table.wide_slots ? sizeof(int64_t) : sizeof(int32_t);
+  __builtin_prefetch(static_cast<const char*>(table.slot_of_row) + row * size, 0, 2);
+}
+
+TableMemory memory_of(const TableStep& step) {
+  const Table& table = *step.table;
+  return {table.table,         table.table_stride, table.exp_avg, table.exp_avg_sq,
+          table.moment_stride, step.values,        table.width};
+}
+
+// Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
+int64_t find_rows(const Table& table, const TableScratch& scratch, int64_t partition, uint32_t* begins, uint32_t* ends,
+                  int64_t* slots) {
+  const Partitioning& lookups = scratch.lookups;
+  const Entry* sorted = lookups.sorted();
+  const int64_t end = lookups.partition_end(partition);
+  int64_t num_rows = 0;
+  int64_t last_row = -1;
+  for (int64_t i = lookups.partition_begin(partition); i < end; ++i) {
+    if (i + kSlotPrefetchDistance < end) prefetch_slot(table, lookups.row_of(sorted[i + kSlotPrefetchDistance]));
+    const int64_t row = lookups.row_of(sorted[i]);
+    if (row != last_row) {
+      begins[num_rows] = static_cast<uint32_t>(i);
+      slots[num_rows] = read_slot(table, row);
+      ++num_rows;
+    }
+    ends[num_rows - 1] = static_cast<uint32_t>(i + 1);
+    last_row = row;
+  }
+  return num_rows;
+}
+
+// Sorts a partition, updates its rows that have a slot and sets the new ones aside.
+void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, UpdateRows update_rows,
+                    ThreadScratch& thread) {
+  scratch.lookups.sort_partition(partition, thread.entries.data());
+  uint32_t* begins = scratch.begins.data() + scratch.lookups.partition_begin(partition);
+  uint32_t* ends = scratch.ends.data() + scratch.lookups.partition_begin(partition);
+  const int64_t num_rows = find_rows(*step.table, scratch, partition, begins, ends, thread.slots.data());
+  const RowRun run{&scratch.lookups, begins, ends, thread.slots.data(), num_rows};
+  update_rows(memory_of(step), run, step.scalars, thread.sum.data());
+
+  int64_t num_new_rows = 0;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (thread.slots[static_cast<size_t>(r)] >= 0) continue;
+    begins[num_new_rows] = begins[r];
+    ends[num_new_rows] = ends[r];
+    ++num_new_rows;
+  }
+  scratch.num_new_rows[static_cast<size_t>(partition)] = num_new_rows;
+}
+
+// Gives slots to a partition's new rows, in row order from `first_slot`, and updates them.
+void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partition, int64_t first_slot,
+                   int64_t num_new_rows, UpdateRows update_rows, ThreadScratch& thread) {
+  const Table& table = *step.table;
+  const Partitioning& lookups = scratch.lookups;
+  const uint32_t* begins = scratch.begins.data() + lookups.partition_begin(partition);
+  const uint32_t* ends = scratch.ends.data() + lookups.partition_begin(partition);
+  for (int64_t r = 0; r < num_new_rows; ++r) {
+    const int64_t row = lookups.row_of(lookups.sorted()[begins[r]]);
+    thread.slots[static_cast<size_t>(r)] = first_slot + r;
+    table.rows[first_slot + r] = row;
+    write_slot(table, row, first_slot + r);
+  }
+  const RowRun run{&lookups, begins, ends, thread.slots.data(), num_new_rows};
+  update_rows(memory_of(step), run, step.scalars, thread.sum.data());
+}
+
+int64_t element_bytes(ElementType element) {
+  switch (element) {
+    case ElementType::kFloat64:
+      return 8;
+    case ElementType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// Whether the address ranges of two tables overlap. Views of one tensor may; updated at the same time, their result
+// would depend on the threads. (Columns of one tensor overlap in range only; they lose nothing but speed.)
+bool tables_overlap(const std::vector<TableStep>& tables) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  for (const TableStep& step : tables) {
+    const Table& table = *step.table;
+    if (table.num_rows == 0) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(table.table);
+    const int64_t num_elements = (table.num_rows - 1) * table.table_stride + table.width;
+    ranges.emplace_back(begin, begin + static_cast<uintptr_t>(num_elements * element_bytes(table.element)));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) return true;
+  }
+  return false;
+}
+
+int choose_num_threads(const std::vector<TableStep>& tables, int num_threads) {
+  if (tables_overlap(tables)) return 1;
+  int64_t num_bytes = 0;
+  for (const TableStep& step : tables) {
+    const int64_t row_bytes = step.table->width * element_bytes(step.table->element);
+    num_bytes += step.num_lookups * (row_bytes + static_cast<int64_t>(sizeof(Entry)));
+  }
+  return static_cast<int>(std::clamp<int64_t>(num_bytes / kMinBytesPerThread, 1, std::max(num_threads, 1)));
+}
+
+// Plans all tables and lists their chunks and partitions. All memory of the step's first half is reserved here.
+void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& workspace) {
+  workspace.chunks.clear();
+  workspace.partitions.clear();
+  grow(workspace.tables, static_cast<int64_t>(tables.size()));
+  grow(workspace.threads, num_threads);
+  for (size_t t = 0; t < tables.size(); ++t) {
+    const TableStep& step = tables[t];
+    if (step.num_lookups == 0) continue;
+    const Table& table = *step.table;
+    TableScratch& scratch = workspace.tables[t];
+    scratch.lookups.plan(
+        {step.indices, table.sparse_shape.data(), static_cast<int64_t>(table.sparse_shape.size()), step.num_lookups},
+        table.num_rows);
+    grow(scratch.begins, step.num_lookups);
+    grow(scratch.ends, step.num_lookups);
+    grow(scratch.num_new_rows, scratch.lookups.num_partitions());
+    const auto table_index = static_cast<int64_t>(t);
+    for (int64_t c = 0; c < scratch.lookups.num_chunks(); ++c) workspace.chunks.push_back({table_index, c});
+    for (int64_t p = 0; p < scratch.lookups.num_partitions(); ++p) workspace.partitions.push_back({table_index, p});
+  }
+  workspace.bad.assign(workspace.chunks.size(), BadIndex{});
+}
+
+// Checks and partitions all lookups; returns the first bad one in the order of tables and lookups.
+BadLookup partition_lookups(Workspace& workspace, int num_threads) {
+  for_each_task(static_cast<int64_t>(workspace.chunks.size()), num_threads, [&](int64_t index, int) {
+    const auto i = static_cast<size_t>(index);
+    const Task& task = workspace.chunks[i];
+    workspace.bad[i] = workspace.tables[static_cast<size_t>(task.table)].lookups.partition_chunk(task.part);
+  });
+  for (size_t i = 0; i < workspace.bad.size(); ++i) {
+    if (workspace.bad[i].lookup >= 0) return {workspace.chunks[i].table, workspace.bad[i]};
+  }
+  return {};
+}
+
+// Reserves what the walk needs, before anything is written.
+void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace) {
+  int64_t largest_partition = 0;
+  int64_t largest_width = 0;
+  for (size_t t = 0; t < tables.size(); ++t) {
+    if (tables[t].num_lookups == 0) continue;
+    Partitioning& lookups = workspace.tables[t].lookups;
+    lookups.finish_partitioning();
+    largest_partition = std::max(largest_partition, lookups.largest_partition());
+    largest_width = std::max(largest_width, tables[t].table->width);
+  }
+  for (ThreadScratch& thread : workspace.threads) {
+    grow(thread.entries, largest_partition);
+    grow(thread.slots, largest_partition);
+    grow(thread.sum, largest_width);
+  }
+}
+
+// Turns each partition's count of new rows into its first new slot; returns how many new rows there are in all.
+int64_t assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace, std::vector<int64_t>& counts) {
+  int64_t total = 0;
+  counts.resize(workspace.partitions.size());
+  for (size_t i = 0; i < workspace.partitions.size(); ++i) {
+    const Task& task = workspace.partitions[i];
+    TableStep& step = tables[static_cast<size_t>(task.table)];
+    int64_t& new_rows = workspace.tables[static_cast<size_t>(task.table)].num_new_rows[static_cast<size_t>(task.part)];
+    counts[i] = new_rows;
+    total += new_rows;
+    new_rows = step.num_slots;
+    step.num_slots += counts[i];
+  }
+  return total;
+}
+
+}  // namespace
+
+BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
+  BorrowedWorkspace borrowed;
+  Workspace& workspace = *borrowed;
+  const int num_threads = choose_num_threads(tables, max_threads);
+  plan(tables, num_threads, workspace);
+  const BadLookup bad = partition_lookups(workspace, num_threads);
+  if (bad.table >= 0) return bad;
+  reserve_threads(tables, workspace);
+
+  std::vector<UpdateRows> update_rows;
+  for (const TableStep& step : tables) update_rows.push_back(update_rows_for(step.table->element, instruction_set));
+  std::vector<int64_t> num_new_rows(workspace.partitions.size());
+
+  const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
+  for_each_task(num_partitions, num_threads, [&](int64_t index, int thread) {
+    const Task& task = workspace.partitions[static_cast<size_t>(index)];
+    const auto t = static_cast<size_t>(task.table);
+    walk_partition(tables[t], workspace.tables[t], task.part, update_rows[t],
+                   workspace.threads[static_cast<size_t>(thread)]);
+  });
+  if (assign_first_slots(tables, workspace, num_new_rows) == 0) return {};
+  for_each_task(num_partitions, num_threads, [&](int64_t index, int thread) {
+    const auto i = static_cast<size_t>(index);
+    if (num_new_rows[i] == 0) return;
+    const Task& task = workspace.partitions[i];
+    const auto t = static_cast<size_t>(task.table);
+    TableScratch& scratch = workspace.tables[t];
+    walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[static_cast<size_t>(task.part)], num_new_rows[i],
+                  update_rows[t], workspace.threads[static_cast<size_t>(thread)]);
+  });
+  return {};
+}
+
+}  // namespace sparseadam

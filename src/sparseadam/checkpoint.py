@@ -1,0 +1,164 @@
+"""State dicts in and out: ours, and the dense ones of PyTorch.
+
+PyTorch's own loader casts every tensor of a state to the parameter's dtype, which would round row numbers and the
+float32 moments of half-precision tables. So states are read here, exactly, and checked before anything is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._validate import Place, checkpoint_error, shape_text
+from .moments import STATE_KEYS, Moments, moment_dtype
+
+# Written beside the state; raised when a file of the old form could no longer be read.
+FORMAT_KEY = "sparseadam_format"
+FORMAT = 1
+
+_DENSE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+# How PyTorch's Adam was to compute, not what; a checkpoint of it loads whatever these say.
+_IMPLEMENTATION_OPTIONS = (
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "decoupled_weight_decay",
+)
+
+
+def check_format(state_dict: Mapping[str, Any]) -> None:
+    """Refuse a file from a later version.
+
+    Raises:
+        ValueError: the file's format is not one this version knows.
+    """
+    found = state_dict.get(FORMAT_KEY, FORMAT)
+    if found != FORMAT:
+        raise checkpoint_error(
+            "all parameters",
+            f"{FORMAT_KEY} is {found!r} and this version reads {FORMAT}; install a newer sparseadam",
+        )
+
+
+def write_state(moments: Moments) -> dict[str, Any]:
+    """Return a table's state as plain values and tensors; the tensors are live views, as in PyTorch."""
+    return dict(moments)
+
+
+def write_torch_state(moments: Moments) -> dict[str, Any]:
+    """Return a table's state as :class:`torch.optim.SparseAdam` keeps it, dense."""
+    exp_avg, exp_avg_sq = moments.to_dense()
+    return {"step": moments.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with the saved options and the present parameters.
+
+    Options and names that the checkpoint lacks keep their present values, as does everything that only steers how
+    PyTorch's own Adam computes.
+    """
+    read = {key: deepcopy(value) for key, value in saved.items() if key not in _IMPLEMENTATION_OPTIONS}
+    kept = {key: group[key] for key in (*defaults, "param_names") if key in group}
+    return {**kept, **read, "params": group["params"]}
+
+
+def read_state(state: Mapping[str, Any], table: Tensor, place: Place) -> Moments:
+    """Build moments from a table's saved state, ours or PyTorch's.
+
+    A dense state of :class:`torch.optim.SparseAdam` or :class:`torch.optim.Adam` keeps the rows that have a non-zero
+    moment.
+
+    Raises:
+        ValueError: the state does not fit the table; the message says what was found and expected.
+    """
+    wanted = STATE_KEYS if "rows" in state else _DENSE_KEYS
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise checkpoint_error(place, f"{', '.join(missing)} missing, found {', '.join(map(str, state))}")
+    extra = [str(key) for key in state if key not in wanted]
+    if extra:
+        raise checkpoint_error(place, f"{', '.join(extra)} not understood by SparseAdam")
+    step = _read_step(state["step"], place)
+    for key in ("exp_avg", "exp_avg_sq"):
+        _check_moment(state[key], key, table, place, dense="rows" not in state)
+    if state["exp_avg"].shape != state["exp_avg_sq"].shape:
+        shapes = " and ".join(shape_text(state[key].shape) for key in ("exp_avg", "exp_avg_sq"))
+        raise checkpoint_error(place, f"exp_avg and exp_avg_sq have different shapes, {shapes}")
+    if "rows" in state:
+        return _read_compact(step, state, table, place)
+    return _read_dense(step, state, table)
+
+
+def _read_step(step: object, place: Place) -> int:
+    """Return a step count, which is an int here and in SparseAdam, and a one-element tensor in Adam."""
+    value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
+    if not is_whole or value < 0:  # type: ignore[operator]
+        raise checkpoint_error(place, f"step is {step!r}, a whole number of at least 0 expected")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _check_moment(moment: object, key: str, table: Tensor, place: Place, *, dense: bool) -> None:
+    if not isinstance(moment, Tensor) or moment.layout is not torch.strided:
+        raise checkpoint_error(place, f"{key} is a {type(moment).__name__}, a strided tensor expected")
+    allowed = {moment_dtype(table.dtype)}
+    if dense:
+        allowed.add(table.dtype)  # PyTorch keeps the moments of half-precision tables in half precision
+    if moment.dtype not in allowed:
+        wanted = " or ".join(sorted(map(str, allowed)))
+        raise checkpoint_error(place, f"{key} has dtype {moment.dtype}, {wanted} expected")
+    if dense and moment.shape != table.shape:
+        raise checkpoint_error(
+            place,
+            f"{key} has shape {shape_text(moment.shape)}, the table's {shape_text(table.shape)} expected",
+        )
+
+
+def _read_dense(step: int, state: Mapping[str, Any], table: Tensor) -> Moments:
+    sparse_dim = min(table.dim(), 1)
+    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
+    by_row = (moments.num_rows, *moments.row_shape)
+    exp_avg, exp_avg_sq = (state[key].reshape(by_row) for key in ("exp_avg", "exp_avg_sq"))
+    per_row = (moments.num_rows, moments.width)
+    is_touched = (exp_avg != 0).reshape(per_row).any(1) | (exp_avg_sq != 0).reshape(per_row).any(1)
+    rows = is_touched.nonzero()[:, 0]
+    moments.fill(step, rows, exp_avg[rows], exp_avg_sq[rows])
+    return moments
+
+
+def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Place) -> Moments:
+    rows, exp_avg, exp_avg_sq = state["rows"], state["exp_avg"], state["exp_avg_sq"]
+    sparse_dim = table.dim() - (exp_avg.dim() - 1)
+    row_shape = table.shape[sparse_dim:] if 0 <= sparse_dim <= table.dim() else None
+    if exp_avg.dim() == 0 or row_shape is None or exp_avg.shape[1:] != row_shape:
+        raise checkpoint_error(
+            place,
+            f"exp_avg has shape {shape_text(exp_avg.shape)}, whose rows are not rows of the table's shape "
+            f"{shape_text(table.shape)}",
+        )
+    _check_rows(rows, len(exp_avg), math.prod(table.shape[:sparse_dim]), place)
+    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
+    moments.fill(step, rows, exp_avg, exp_avg_sq)
+    return moments
+
+
+def _check_rows(rows: object, num_slots: int, num_rows: int, place: Place) -> None:
+    if not isinstance(rows, Tensor) or rows.dtype is not torch.int64 or rows.dim() != 1:
+        found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else type(rows)
+        raise checkpoint_error(place, f"rows is {found}, torch.int64 of one dimension expected")
+    if len(rows) != num_slots:
+        raise checkpoint_error(place, f"{len(rows)} rows for {num_slots} rows of moments")
+    outside = rows[(rows < 0) | (rows >= num_rows)]
+    if len(outside) > 0:
+        raise checkpoint_error(place, f"row {int(outside[0])} is outside the table's {num_rows} rows")
+    ordered = rows.sort().values
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated) > 0:
+        raise checkpoint_error(place, f"row {int(repeated[0])} is there more than once")

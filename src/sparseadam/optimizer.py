@@ -1,0 +1,306 @@
+"""The optimizer that users see: groups, options, counting steps, checkpoints. Arithmetic is the backends' affair."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _validate, checkpoint, update
+from ._validate import Place
+from .gradient import read_lookups
+from .moments import Moments, moment_dtype
+from .update import RowUpdate, step_scalars
+
+
+class SparseAdam(torch.optim.Optimizer):
+    r"""Adam for embedding tables that updates only the rows named by a sparse gradient.
+
+    Takes the place of :class:`torch.optim.SparseAdam`: same arguments in the same order. What differs is where the
+    moments are kept (for rows that were ever touched, not for the whole table), which code updates them, and where
+    ``eps`` stands. For each distinct row :math:`i` of the gradient :math:`g`, repeated rows having been summed, at the
+    table's step :math:`t`:
+
+    .. math::
+        m_i \leftarrow \beta_1 m_i + (1-\beta_1) g_i, \qquad
+        v_i \leftarrow \beta_2 v_i + (1-\beta_2) g_i^2 \\
+        \theta_i \leftarrow \theta_i
+            - \mathrm{lr}\,\frac{m_i / (1-\beta_1^t)}{\sqrt{v_i / (1-\beta_2^t)}+\epsilon}
+
+    where :math:`m` is ``exp_avg``, :math:`v` is ``exp_avg_sq`` and :math:`\theta` the table. Rows that are not named
+    keep their weights and their moments, bit for bit. :math:`t` counts the steps in which the table had a gradient,
+    one without lookups included. There is no weight decay, and dense gradients are refused.
+
+    Args:
+        params: tables to optimize, named tables, or dicts that define parameter groups. Strided, real floating point
+            (float32, float64, bfloat16, float16) tensors of any shape. Groups may set ``lr``, ``betas``, ``eps``,
+            ``maximize`` and ``torch_eps`` for themselves.
+        lr: learning rate, a number or a one-element tensor, read at each step; in (0, inf). A group or a scheduler
+            may set it to 0: rows then keep their place while moments and step go on.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the corrected second moment, in (0, inf).
+        maximize: climb instead of descend.
+        torch_eps: add ``eps`` before bias correction, as :class:`torch.optim.SparseAdam` does: the effective ``eps`` is
+            then ``eps / sqrt(1 - beta2**t)``. For runs that were begun with it.
+        backend: ``"native"`` (C++, CPU) or ``"reference"`` (PyTorch operations, any device); ``None`` takes, for each
+            table, the fastest one present that can update it. A named backend is used or refused, never replaced.
+
+    Raises:
+        ValueError: a number outside its range, an unknown ``backend``, or a sparse, complex or integer table.
+        TypeError: an argument of the wrong type.
+        ImportError: ``backend`` names one that this installation lacks; the message gives the reason.
+
+    State:
+        ``state[table]`` maps ``step`` (int), ``rows`` ``[num_slots]`` int64, and ``exp_avg`` and ``exp_avg_sq``
+        ``[num_slots, *row_shape]`` in the table's dtype (float32 for half-precision tables). A slot belongs to the row
+        that ``rows`` names.
+
+    Example:
+        >>> table = torch.nn.Embedding(1_000_000, 64, sparse=True)
+        >>> opt = SparseAdam(table.parameters(), lr=1e-2)
+        >>> table(torch.tensor([3, 7, 3])).sum().backward()
+        >>> opt.step()
+        >>> opt.state[table.weight]["exp_avg"].shape
+        torch.Size([2, 64])
+
+    Note:
+        :class:`torch.optim.SparseAdam` multiplies the effective ``eps`` by :math:`1/\sqrt{1-\beta_2^t}`, 31.6 times at
+        the first step with the default betas. Where gradients are as small as ``eps`` results differ; pass
+        ``torch_eps=True`` for its placement.
+
+    References:
+        Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, Algorithm 1,
+        https://arxiv.org/abs/1412.6980
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        *,
+        torch_eps: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        """Check all arguments; see the class for what they mean."""
+        _validate.check_defaults(lr, betas, eps, maximize, torch_eps)
+        update.check_backend(backend)
+        self._backend = backend
+        # Groups are added one by one below; faults of all of them are then reported together.
+        self._is_built = False
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "maximize": maximize,
+            "torch_eps": torch_eps,
+        }
+        super().__init__(params, defaults)
+        _validate.check_parameters(self.param_groups)
+        self._is_built = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does.
+
+        Args:
+            param_group: ``params`` and, where they differ from the defaults, the group's options.
+
+        Raises:
+            ValueError: an option outside its range or not supported, or a table that is sparse, complex or integer.
+            TypeError: an option of the wrong type.
+        """
+        super().add_param_group(param_group)
+        group_index = len(self.param_groups) - 1
+        try:
+            _validate.check_group(self.param_groups[-1], group_index)
+            if self._is_built:
+                _validate.check_parameters(self.param_groups[-1:], group_index)
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform a single optimization step on every table that has a gradient.
+
+        All gradients and options are checked before the first row is changed: a step that raises has changed nothing.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient that is dense, of a layout other than COO, or not of its table's shape, dtype or
+                device; a table that changed under its moments; or one that the named backend cannot update.
+            IndexError: a row outside its table.
+            ValueError: an option of a group has been set outside its range.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates = self._gather_updates()
+        if updates:
+            update.update_rows(updates, self._backend)
+        for done in updates:
+            done.moments.step += 1
+            self.state[done.table] = done.moments
+        return loss
+
+    def _gather_updates(self) -> list[RowUpdate]:
+        """Collect the tables that have a gradient, having checked everything but row numbers; changes nothing."""
+        updates = []
+        seen: set[int] = set()  # a table listed twice in a group, of which torch has warned, is stepped once
+        for group_index, group in enumerate(self.param_groups):
+            options = _validate.check_group(group, group_index)
+            scalars_at = {}
+            for index, table in enumerate(group["params"]):
+                grad = table.grad
+                if grad is None or id(table) in seen:
+                    continue
+                seen.add(id(table))
+                place = _validate.place_of(group, group_index, index)
+                lookups = read_lookups(table, grad, place)
+                moments = self._moments_of(table, len(lookups.indices), place)
+                step = moments.step + 1
+                if step not in scalars_at:
+                    scalars_at[step] = step_scalars(options, step)
+                updates.append(RowUpdate(place, table, moments, lookups, scalars_at[step]))
+        return updates
+
+    def _moments_of(self, table: Tensor, sparse_dim: int, place: Place) -> Moments:
+        """Return a table's moments, new ones where it has none; they enter the state when their step is done."""
+        state = self.state.get(table)
+        if not state:
+            return Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
+        # A plain mapping has been put there from outside, as code that moves states between devices does.
+        moments = state if isinstance(state, Moments) else checkpoint.read_state(state, table, place)
+        if moments.shape != table.shape:
+            raise _validate.moments_mismatch_error(place, "shape", list(moments.shape), list(table.shape))
+        if moments.dtype is not moment_dtype(table.dtype):
+            raise _validate.moments_mismatch_error(place, "dtype", f"with {moments.dtype} moments", table.dtype)
+        if moments.device != table.device:
+            moments = moments.to_device(table.device)
+        if moments.sparse_dim != sparse_dim:
+            moments = moments.with_sparse_dim(sparse_dim)
+        return moments
+
+    def moment_bytes(self) -> int:
+        """Return how many bytes the state takes: moments and row numbers of touched rows, and the index of all rows.
+
+        The index is 4 bytes a row of the table; on the CPU its untouched pages take no memory, so what is resident
+        may be less.
+        """
+        return sum(state.num_bytes for state in self.state.values() if isinstance(state, Moments))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state as plain values, as :meth:`torch.optim.Optimizer.state_dict` does.
+
+        Tensors are live views of the moments and change with later steps, as in PyTorch; a saved file holds touched
+        rows only. Load it with ``torch.load(..., weights_only=True)``.
+        """
+        return self._pack(checkpoint.write_state, {checkpoint.FORMAT_KEY: checkpoint.FORMAT})
+
+    def to_torch_state_dict(self) -> dict[str, Any]:
+        """Return a state dict that :class:`torch.optim.SparseAdam` loads, with dense moments of every table.
+
+        Pass ``torch_eps=True`` to the optimizer, before or after, for the same trajectory in both.
+        """
+        packed = self._pack(checkpoint.write_torch_state, {})
+        for group in packed["param_groups"]:
+            del group["torch_eps"]
+        return packed
+
+    def _pack(self, write: Callable[[Moments], dict[str, Any]], header: dict[str, Any]) -> dict[str, Any]:
+        """Run PyTorch's ``state_dict`` with each table's moments written out before its post-hooks see them."""
+
+        def write_out(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            packed["state"] = {
+                key: write(state) if isinstance(state, Moments) else state for key, state in packed["state"].items()
+            }
+            packed.update(header)
+
+        handle = self.register_state_dict_post_hook(write_out, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, of :class:`torch.optim.SparseAdam` or of :class:`torch.optim.Adam`.
+
+        Options that a checkpoint of PyTorch's lacks keep their present values.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned. It is copied.
+
+        Raises:
+            ValueError: the checkpoint does not fit: other groups, a table of another shape, a moment of another dtype,
+                a missing key, a row outside its table or there twice, an option that is not supported. The optimizer
+                is as it was.
+            TypeError: an option of the wrong type.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        checkpoint.check_format(state_dict)
+        groups = self._read_groups(state_dict["param_groups"])
+        state = self._read_states(state_dict["state"], state_dict["param_groups"])
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _read_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the groups as a checkpoint sets them, checked; the parameters are this optimizer's."""
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups: "
+                f"{len(saved_groups)}, and the optimizer has {len(self.param_groups)}. "
+                "The optimizer is unchanged."
+            )
+        groups = []
+        for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                    f"{len(saved['params'])} parameters for the {len(group['params'])} of group {group_index}. "
+                    "The optimizer is unchanged."
+                )
+            groups.append(checkpoint.read_group(saved, group, self.defaults))
+            _validate.check_group(groups[-1], group_index)
+        return groups
+
+    def _read_states(self, states: Mapping[Any, Any], saved_groups: list[dict[str, Any]]) -> defaultdict[Any, Any]:
+        """Return the states as a checkpoint sets them, checked; those of no parameter are taken as they are."""
+        tables: dict[Any, tuple[Tensor, Place]] = {}
+        for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            for index, (key, table) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                tables[key] = table, _validate.place_of(group, group_index, index)
+        read: defaultdict[Any, Any] = defaultdict(dict)
+        for key, state in states.items():
+            if key not in tables:
+                read[key] = deepcopy(state)
+            elif state:
+                table, place = tables[key]
+                read[table] = checkpoint.read_state(state, table, place)
+        return read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the backend's name along with what PyTorch keeps."""
+        own = {"_backend": self._backend, "_is_built": self._is_built}
+        return super().__getstate__() | own

@@ -1,0 +1,109 @@
+"""The update of rows, and the only chooser among its backends.
+
+Every backend exports ``update_rows(updates)`` with the same meaning: sum each row's lookups, give slots to new rows,
+update moments and table in place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .. import _validate
+from . import native, reference
+from ._types import RowUpdate, StepScalars, step_scalars
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "RowUpdate",
+    "StepScalars",
+    "backends",
+    "step_scalars",
+    "update_rows",
+]
+
+# Fastest first.
+BACKENDS = ("native", "reference")
+
+_warned_slow = False
+
+
+class Backend(NamedTuple):
+    """A backend of this installation: whether it can be used, and what it runs on or why it is missing."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def backends() -> list[Backend]:
+    """List the backends, fastest first, with the reason where one is missing.
+
+    Example:
+        >>> [backend.name for backend in backends()]
+        ['native', 'reference']
+    """
+    reason = native.missing_reason()
+    return [
+        Backend("native", reason is None, native.detail() if reason is None else reason),
+        Backend("reference", True, "PyTorch operations, any device"),
+    ]
+
+
+def check_backend(backend: str | None) -> None:
+    """Refuse a backend that is unknown or missing; warn once where only the slow one is there.
+
+    Raises:
+        ValueError: no such backend.
+        ImportError: this installation lacks it; the message gives the reason.
+    """
+    _validate.check_backend_name(backend, BACKENDS)
+    reason = native.missing_reason()
+    if reason is None:
+        return
+    if backend == "native":
+        raise _validate.missing_backend_error("native", reason)
+    if backend is None:
+        _warn_slow(reason)
+
+
+def _warn_slow(reason: str) -> None:
+    global _warned_slow
+    if not _warned_slow:
+        _warned_slow = True
+        warnings.warn(
+            f'sparseadam runs on its slow reference backend: {reason}. Pass backend="reference" to be rid of this '
+            "warning.",
+            stacklevel=4,
+        )
+
+
+def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
+    """Update every table, each by the named backend or by the fastest that can.
+
+    All that can be wrong is found before anything is written.
+
+    Raises:
+        IndexError: an index outside its table.
+        RuntimeError: the named backend cannot update a table; the message says why.
+    """
+    native_updates: list[RowUpdate] = []
+    reference_updates: list[RowUpdate] = []
+    for update in updates:
+        uses_native = _uses_native(update, backend)
+        (native_updates if uses_native else reference_updates).append(update)
+    reference.check_rows(reference_updates)
+    if native_updates:
+        native.update_rows(native_updates)
+    reference.update_rows(reference_updates)
+
+
+def _uses_native(update: RowUpdate, backend: str | None) -> bool:
+    if backend == "reference" or native.module() is None:
+        return False
+    reason = native.refusal(update)
+    if reason is not None and backend == "native":
+        raise _validate.backend_error(update.place, "native", reason)
+    return reason is None

@@ -1,0 +1,77 @@
+"""The rule in plain PyTorch operations, on any device: what the other backends are measured against.
+
+Computes in the dtype of the moments (float32 for half-precision tables) and rounds to the table's dtype once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _validate
+from ..gradient import Lookups
+from ._types import RowUpdate
+
+
+def check_rows(updates: Sequence[RowUpdate]) -> None:
+    """Refuse an index outside its table.
+
+    Raises:
+        IndexError: naming the first table with a bad index, and the index.
+    """
+    for update in updates:
+        sparse_shape = update.table.shape[: update.moments.sparse_dim]
+        for dim, (size, indices) in enumerate(zip(sparse_shape, update.lookups.indices, strict=True)):
+            is_bad = (indices < 0) | (indices >= size)
+            if is_bad.any():
+                index = int(indices[is_bad][0])
+                raise _validate.row_error(update.place, sparse_shape, dim, index)
+
+
+def coalesce_rows(lookups: Lookups, sparse_shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum the lookups of each row, in lookup order.
+
+    Returns:
+        The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
+    """
+    indices, values = lookups
+    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
+    num_rows = 1
+    for size, index in zip(sparse_shape, indices, strict=True):
+        rows = rows * size + index
+        num_rows *= size
+    shape = (num_rows, *values.shape[1:])
+    # Built anew, so that it is coalesced in fact, whatever the gradient claimed of itself.
+    gradient = torch.sparse_coo_tensor(rows[None], values.to(dtype), shape, check_invariants=False).coalesce()
+    return gradient._indices()[0], gradient._values()
+
+
+def update_rows(updates: Sequence[RowUpdate]) -> None:
+    """Update the touched rows of each table and their moments in place; indices have been checked."""
+    for update in updates:
+        if len(update.lookups.values) > 0:
+            _update_table(update)
+
+
+def _update_table(update: RowUpdate) -> None:
+    table, moments, scalars = update.table, update.moments, update.scalars
+    sparse_shape = table.shape[: moments.sparse_dim]
+    rows, grad = coalesce_rows(update.lookups, sparse_shape, moments.dtype)
+    slots = moments.claim_slots(rows)
+
+    exp_avg = moments.exp_avg[slots].mul_(scalars.beta1).add_(grad * scalars.one_minus_beta1)
+    exp_avg_sq = moments.exp_avg_sq[slots].mul_(scalars.beta2)
+    exp_avg_sq.add_((grad * grad).mul_(scalars.one_minus_beta2))
+    moments.exp_avg[slots] = exp_avg
+    moments.exp_avg_sq[slots] = exp_avg_sq
+
+    denom = exp_avg_sq.sqrt_().mul_(scalars.root_scale).add_(scalars.eps)
+    change = exp_avg.mul_(scalars.step_size).div_(denom)
+    # A table may have any strides, so it is indexed by its own leading dimensions and not viewed as [num_rows, width].
+    if moments.sparse_dim == 0:
+        table.copy_(table.to(moments.dtype) - change[0])
+        return
+    index = torch.unravel_index(rows, sparse_shape)
+    table[index] = (table[index].to(moments.dtype) - change).to(table.dtype)
