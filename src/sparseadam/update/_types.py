@@ -32,7 +32,7 @@ class StepScalars(NamedTuple):
 
 
 class RowUpdate(NamedTuple):
-    """One table's part in a step: its moments fit it, and its lookups are checked but for the range of their indices."""
+    """One table's part in a step: its moments fit it, and its lookups are checked but for their range."""
 
     place: Place
     table: Tensor

@@ -38,14 +38,14 @@ def coalesce_rows(lookups: Lookups, sparse_shape: Sequence[int], dtype: torch.dt
     """
     indices, values = lookups
     rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
-    num_rows = 1
     for size, index in zip(sparse_shape, indices, strict=True):
         rows = rows * size + index
-        num_rows *= size
-    shape = (num_rows, *values.shape[1:])
-    # Built anew, so that it is coalesced in fact, whatever the gradient claimed of itself.
-    gradient = torch.sparse_coo_tensor(rows[None], values.to(dtype), shape, check_invariants=False).coalesce()
-    return gradient._indices()[0], gradient._values()
+    # Tensor.coalesce() would do, but it takes a gradient's word for being coalesced and sums in an order of its own.
+    rows, order = torch.sort(rows, stable=True)
+    touched, counts = torch.unique_consecutive(rows, return_counts=True)
+    lookups_by_row = values[order].to(dtype).reshape(len(rows), -1)
+    grad = torch.segment_reduce(lookups_by_row, "sum", lengths=counts, axis=0)
+    return touched, grad.reshape(len(touched), *values.shape[1:])
 
 
 def update_rows(updates: Sequence[RowUpdate]) -> None:

@@ -1,0 +1,67 @@
+# Commands for working on sparseadam. Each builds the environment it needs in $(VENV) first.
+#
+#   make test       all tests, on the installed package
+#   make demo       train word vectors on WordNet's definitions, with plots, in a few minutes
+#   make lint       ruff, clang-format and mypy
+#   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
+#   make fallback   that the package installs and runs where no compiler is at hand
+#   make stubs      write the type stub of the native module anew
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find src csrc -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+
+.PHONY: test demo lint sanitize fallback stubs clean
+.DELETE_ON_ERROR:
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# The dependencies, torch's pinned CPU build among them, change seldom; the package itself with every edit.
+$(VENV)/dependencies: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet ".[dev,recipes]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps --force-reinstall --no-build-isolation .
+	touch $@
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/installed
+	$(BIN)/python recipes/word_vectors --out demo_output
+
+lint: $(VENV)/dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
+
+# A second build beside the installed one. Python itself is not instrumented, so the runtime is loaded before it, and
+# leaks, of which an interpreter that exits has many, are not reported.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/installed
+	rm -rf $(SANITIZED)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(SANITIZED) \
+	  --config-settings=build-dir=build/sanitize --config-settings=cmake.build-type=RelWithDebInfo \
+	  --config-settings=cmake.define.SPARSEADAM_SANITIZE=address,undefined .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_update.py tests/test_moments.py -k "not resident"
+
+# Built as on a machine without a compiler, installed apart, and asked to say so and to run.
+FALLBACK := build/fallback
+fallback: $(VENV)/installed
+	rm -rf $(FALLBACK)
+	CXX=/nonexistent $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(FALLBACK) \
+	  --config-settings=build-dir=build/no-compiler .
+	PYTHONPATH=$(FALLBACK) $(BIN)/python -m pytest -p no:cacheprovider tests/test_fallback.py tests/test_update.py
+
+stubs: $(VENV)/installed
+	$(BIN)/python -m nanobind.stubgen -m sparseadam._native -o src/sparseadam/_native.pyi
+
+clean:
+	rm -rf build dist demo_output $(VENV)

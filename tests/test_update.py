@@ -1,0 +1,254 @@
+"""The update of rows, in every backend, against the float64 oracle and against itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import OracleTable
+
+from sparseadam import SparseAdam
+from sparseadam.update import native
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDTHS = [1, 3, 7, 8, 9, 31, 64, 129]
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="this installation has no native module")
+
+
+def exact_values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of which hundreds can be summed exactly in float32, and each is exact in bfloat16 and float16."""
+    return rng.integers(-128, 129, shape) / 64.0
+
+
+def coo(rows: Any, values: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uncoalesced gradient of one sparse dimension."""
+    return torch.sparse_coo_tensor(
+        torch.as_tensor(rows)[None], torch.as_tensor(values).to(dtype), shape, check_invariants=True
+    )
+
+
+def dense_state(optimizer: SparseAdam, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both moments of a table, spread out by row, from the public state alone."""
+    state = optimizer.state[table]
+    dense = []
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = torch.zeros(table.shape, dtype=torch.float64)
+        if state:
+            moment[state["rows"]] = state[name].double()
+        dense.append(moment.numpy())
+    return dense[0], dense[1]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, Any]:
+    """Several tables in several groups, and for each step what each table's gradient looks up."""
+    num_tables = draw(st.integers(1, 3))
+    tables, options = [], []
+    for _ in range(num_tables):
+        tables.append((draw(st.integers(1, 40)), draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(list(DTYPES)))))
+        options.append(
+            {
+                "lr": draw(st.sampled_from([1e-3, 0.1, 1.0])),
+                "betas": draw(st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.5, 0.1), (0.99, 0.9)])),
+                "eps": draw(st.sampled_from([1e-8, 1e-3])),
+                "maximize": draw(st.booleans()),
+                "torch_eps": draw(st.booleans()),
+            }
+        )
+    steps = []
+    for _ in range(draw(st.integers(1, 10))):
+        lookups: list[list[int] | None] = []
+        for num_rows, _, _ in tables:
+            rows = st.lists(st.integers(0, num_rows - 1), max_size=30)
+            lookups.append(draw(st.none() | rows))
+        steps.append((draw(st.sampled_from([1.0, 0.0, 0.3])), lookups))
+    return {"tables": tables, "options": options, "steps": steps, "seed": draw(st.integers(0, 2**32 - 1))}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(run=runs())
+def test_every_step_agrees_with_the_oracle(backend: str, run: dict[str, Any]) -> None:
+    rng = np.random.default_rng(run["seed"])
+    tables, oracles, groups = [], [], []
+    for (num_rows, width, dtype), options in zip(run["tables"], run["options"], strict=True):
+        start = exact_values(rng, (num_rows, width))
+        tables.append(torch.nn.Parameter(torch.as_tensor(start).to(DTYPES[dtype])))
+        oracles.append(OracleTable(start, dtype))
+        groups.append({"params": [tables[-1]], **options})
+    optimizer = SparseAdam(groups, backend=backend)
+
+    for lr_factor, lookups in run["steps"]:
+        for table, oracle, options, group, rows in zip(
+            tables, oracles, run["options"], optimizer.param_groups, lookups, strict=True
+        ):
+            table.grad = None
+            group["lr"] = options["lr"] * lr_factor
+            if rows is None:
+                continue
+            named = np.array(rows, dtype=np.int64)
+            values = exact_values(rng, (len(rows), table.shape[1]))
+            table.grad = coo(named, values, tuple(table.shape), table.dtype)
+            oracle.step(named, values, **{**options, "lr": group["lr"]})
+        before = [table.detach().clone() for table in tables]
+        optimizer.step()
+        for table, old, oracle, rows in zip(tables, before, oracles, lookups, strict=True):
+            m, v = dense_state(optimizer, table)
+            oracle.assert_close(table.detach().double().numpy(), m, v)
+            unnamed = np.setdiff1d(np.arange(len(table)), rows or [])
+            assert torch.equal(table.detach()[unnamed], old[unnamed])
+            assert optimizer.state[table].get("step", 0) == oracle.t
+
+
+def large_case(width: int, num_lookups: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A table and three gradients with hot rows, rows looked up once, and rows never looked up."""
+    num_rows = 5000
+    rng = np.random.default_rng(width * 100_003 + num_lookups)
+    table = torch.as_tensor(rng.standard_normal((num_rows, width))).to(dtype)
+    grads = []
+    for _ in range(3):
+        rows = np.minimum(rng.zipf(1.2, num_lookups), num_rows - 1) * 7 % num_rows
+        grads.append(coo(rows, rng.standard_normal((num_lookups, width)), (num_rows, width), dtype))
+    return table, grads
+
+
+def run_steps(table: torch.Tensor, grads: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+    """The table and its state after a step with each gradient."""
+    param = torch.nn.Parameter(table.clone())
+    optimizer = SparseAdam([param], lr=0.1, backend=backend)
+    for grad in grads:
+        param.grad = grad
+        optimizer.step()
+    state = optimizer.state[param]
+    return [param.detach(), state["rows"].clone(), state["exp_avg"].clone(), state["exp_avg_sq"].clone()]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("num_lookups", [0, 1, 17, 20_000])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_same_bits_for_any_thread_count_and_instruction_set(
+    width: int, num_lookups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, restore_threads: None
+) -> None:
+    table, grads = large_case(width, num_lookups, dtype)
+    expected = None
+    for instruction_set in native._module().instruction_sets():
+        monkeypatch.setattr(native, "instruction_set", lambda name=instruction_set: name)
+        for num_threads in (1, 2, 7):
+            torch.set_num_threads(num_threads)
+            got = run_steps(table, grads, "native")
+            expected = expected or got
+            for part, (one, other) in enumerate(zip(got, expected, strict=True)):
+                assert torch.equal(one, other), (instruction_set, num_threads, part)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", [1, 9, 64])
+def test_native_agrees_with_reference_on_large_steps(width: int, dtype: torch.dtype) -> None:
+    """Both sum in lookup order and in the same type, so only the last roundings of the update may differ."""
+    table, grads = large_case(width, 20_000, dtype)
+    native_run, reference_run = run_steps(table, grads, "native"), run_steps(table, grads, "reference")
+    assert torch.equal(native_run[1], reference_run[1])
+    unit = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    for got, want in zip(native_run[2:], reference_run[2:], strict=True):
+        scale = want.abs().amax(dim=1, keepdim=True)
+        assert ((got - want).abs() <= 16 * unit * scale).all()
+    table_unit = torch.finfo(dtype).eps
+    difference = (native_run[0].double() - reference_run[0].double()).abs()
+    assert (difference <= 3 * table_unit * reference_run[0].abs().double() + 64 * unit).all()
+
+
+def test_unnamed_rows_and_memory_around_the_table_keep_their_bits(backend: str) -> None:
+    """NaNs with payloads around and between the named rows would show any stray read or write."""
+    payload = torch.tensor(0x7FC0BEEF, dtype=torch.int32).view(torch.float32)
+    memory = payload.expand(40, 9).clone()
+    rows = torch.tensor([3, 8, 3, 21])
+    table = torch.nn.Parameter(memory[5:35])
+    with torch.no_grad():
+        table[rows] = 1.0
+    optimizer = SparseAdam([table], backend=backend)
+    for _ in range(3):
+        table.grad = coo(rows, torch.ones(4, 9), (30, 9), torch.float32)
+        optimizer.step()
+    is_named = torch.zeros(40, dtype=torch.bool)
+    is_named[rows + 5] = True
+    assert torch.equal(memory[~is_named].view(torch.int32), payload.expand(37, 9).contiguous().view(torch.int32))
+    assert (memory[is_named] < 1.0).all()
+
+
+def test_order_among_rows_does_not_matter(backend: str) -> None:
+    """Only the order of a row's own lookups may: here it stays, and every bit with it."""
+    table, grads = large_case(8, 3000, torch.float32)
+    moved = []
+    for grad in grads:
+        rows, values = grad._indices()[0], grad._values()
+        order = torch.argsort(rows * 7919 % 5003, stable=True)
+        moved.append(coo(rows[order], values[order], grad.shape, torch.float32))
+    for got, want in zip(run_steps(table, moved, backend), run_steps(table, grads, backend), strict=True):
+        assert torch.equal(got, want)
+
+
+@given(cut=st.integers(1, 4999))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shards_of_rows_step_as_the_whole_table_does(backend: str, cut: int) -> None:
+    table, grads = large_case(3, 200, torch.float32)
+    whole = run_steps(table, grads, backend)[0]
+    for begin, end in ((0, cut), (cut, 5000)):
+        parts = []
+        for grad in grads:
+            rows, values = grad._indices()[0], grad._values()
+            is_here = (rows >= begin) & (rows < end)
+            parts.append(coo(rows[is_here] - begin, values[is_here], (end - begin, 3), torch.float32))
+        assert torch.equal(run_steps(table[begin:end], parts, backend)[0], whole[begin:end])
+
+
+def test_splitting_a_lookup_in_two_does_not_matter_beyond_rounding(backend: str) -> None:
+    table, grads = large_case(8, 3000, torch.float64)
+    halves = []
+    for grad in grads:
+        rows, values = grad._indices()[0], grad._values()
+        parts = torch.cat([values * 0.25, values * 0.75])
+        halves.append(coo(torch.cat([rows, rows]), parts, grad.shape, torch.float64))
+    for got, want in zip(run_steps(table, halves, backend), run_steps(table, grads, backend), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@needs_native
+def test_overlapping_views_are_updated_one_after_the_other(restore_threads: None) -> None:
+    """Two tables that share rows: with threads racing, the shared rows would get one of two results."""
+    rng = np.random.default_rng(0)
+    results = []
+    for num_threads in (1, 2, 2, 2):
+        torch.set_num_threads(num_threads)
+        memory = torch.zeros(20_000, 16)
+        tables = [torch.nn.Parameter(memory[:15_000]), torch.nn.Parameter(memory[5_000:])]
+        optimizer = SparseAdam(tables, lr=0.1, backend="native")
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            for table in tables:
+                rows = rng.integers(0, 15_000, 40_000)
+                table.grad = coo(rows, rng.standard_normal((40_000, 16)), (15_000, 16), torch.float32)
+            optimizer.step()
+        results.append(memory)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_gradient_that_lies_about_being_coalesced_is_summed(backend: str) -> None:
+    rows, values = torch.tensor([[4, 1, 4]]), torch.tensor([[1.0], [2.0], [3.0]])
+    liar = torch.sparse_coo_tensor(rows, values, (6, 1), is_coalesced=True, check_invariants=False)
+    honest = coo(rows[0], values, (6, 1), torch.float32)
+    for got, want in zip(
+        run_steps(torch.ones(6, 1), [liar], backend), run_steps(torch.ones(6, 1), [honest], backend), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_non_finite_gradients_spread_to_their_own_rows_only(backend: str) -> None:
+    grad = coo(np.array([0, 2]), np.array([[np.nan], [np.inf]]), (3, 1), torch.float32)
+    table = run_steps(torch.ones(3, 1), [grad], backend)[0]
+    assert table[0].isnan() and table[2].isnan() and table[1] == 1.0
