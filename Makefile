@@ -2,6 +2,7 @@
 #
 #   make test       all tests, on the installed package
 #   make demo       train word vectors on WordNet's definitions, with plots, in a few minutes
+#   make bench      time the step against its peers; `make bench-docs` writes docs/benchmarks.md anew from all benchmarks
 #   make lint       ruff, clang-format and mypy
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make fallback   that the package installs and runs where no compiler is at hand
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src csrc -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: test demo lint sanitize fallback stubs clean
+.PHONY: test demo bench bench-docs lint sanitize fallback stubs clean
 .DELETE_ON_ERROR:
 
 $(BIN)/pip:
@@ -21,7 +22,7 @@ $(BIN)/pip:
 # The dependencies, torch's pinned CPU build among them, change seldom; the package itself with every edit.
 $(VENV)/dependencies: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet ".[dev,recipes]"
+	$(BIN)/pip install --quiet ".[dev,bench,recipes]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
@@ -32,7 +33,13 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/installed
-	$(BIN)/python recipes/word_vectors --out demo_output
+	$(BIN)/python -m recipes.word_vectors --out demo_output
+
+bench: $(VENV)/installed
+	$(BIN)/python -m sparseadam bench
+
+bench-docs: $(VENV)/installed
+	$(BIN)/python benchmarks/docs.py
 
 lint: $(VENV)/dependencies
 	$(BIN)/ruff check .

@@ -127,9 +127,4 @@ NB_MODULE(_native, m) {
   m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
         "Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as\n"
         "(table, lookup, dimension, index).");
-#if defined(_OPENMP)
-  m.attr("threads") = "OpenMP";
-#else
-  m.attr("threads") = "none";
-#endif
 }

@@ -106,21 +106,30 @@ BadIndex Partitioning::partition_chunk(int64_t chunk) {
   const int64_t end = std::min(begin + chunk_size_, lookups_.num_lookups);
   if (!is_in_range(lookups_, begin, end)) return find_bad_index(begin, end);
 
+  if (lookups_.sparse_dim == 1) {
+    scatter_chunk(chunk, begin, end, [this](int64_t i) { return lookups_.indices[i]; });
+  } else {
+    scatter_chunk(chunk, begin, end, [this](int64_t i) { return flatten_row(lookups_, i); });
+  }
+  return {};
+}
+
+template <class RowAt>
+void Partitioning::scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowAt row_at) {
   uint32_t* segments = segment_begins_.data() + chunk * (num_partitions_ + 1);
   std::fill(segments, segments + num_partitions_ + 1, 0);
-  for (int64_t i = begin; i < end; ++i) ++segments[(flatten_row(lookups_, i) >> range_bits_) + 1];
+  for (int64_t i = begin; i < end; ++i) ++segments[(row_at(i) >> range_bits_) + 1];
   for (int64_t p = 1; p <= num_partitions_; ++p) segments[p] += segments[p - 1];
 
   Entry* scattered = scattered_.data() + begin;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = flatten_row(lookups_, i);
+    const int64_t row = row_at(i);
     const Entry entry = (static_cast<Entry>(row) << position_bits_) | static_cast<Entry>(i);
     scattered[segments[row >> range_bits_]++] = entry;
   }
   // Each begin has moved to its segment's end, which is the next one's begin: shift them back by one place.
   std::copy_backward(segments, segments + num_partitions_, segments + num_partitions_ + 1);
   segments[0] = 0;
-  return {};
 }
 
 void Partitioning::finish_partitioning() {

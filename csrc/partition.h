@@ -65,6 +65,8 @@ class Partitioning {
 
  private:
   BadIndex find_bad_index(int64_t begin, int64_t end) const;
+  template <class RowAt>
+  void scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowAt row_at);
 
   Lookups lookups_{};
   int64_t num_rows_ = 0;

@@ -15,7 +15,7 @@ namespace sparseadam {
 namespace {
 
 // How far ahead of the walk rows are prefetched: by bytes, so that narrow and wide rows have as much in flight.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kMinPrefetchRows = 2;
 constexpr int64_t kMaxPrefetchRows = 32;
 constexpr int64_t kCacheLine = 64;

@@ -1,10 +1,11 @@
 #include "step.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 
-#include "parallel.h"
 #include "partition.h"
+#include "thread_pool.h"
 
 namespace sparseadam {
 
@@ -233,12 +234,13 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
 }
 
 // Checks and partitions all lookups; returns the first bad one in the order of tables and lookups.
-BadLookup partition_lookups(Workspace& workspace, int num_threads) {
-  for_each_task(static_cast<int64_t>(workspace.chunks.size()), num_threads, [&](int64_t index, int) {
+BadLookup partition_lookups(Workspace& workspace, Team& team) {
+  auto partition_chunk = [&](int64_t index, int) {
     const auto i = static_cast<size_t>(index);
     const Task& task = workspace.chunks[i];
     workspace.bad[i] = workspace.tables[static_cast<size_t>(task.table)].lookups.partition_chunk(task.part);
-  });
+  };
+  team.for_each(static_cast<int64_t>(workspace.chunks.size()), partition_chunk);
   for (size_t i = 0; i < workspace.bad.size(); ++i) {
     if (workspace.bad[i].lookup >= 0) return {workspace.chunks[i].table, workspace.bad[i]};
   }
@@ -266,7 +268,6 @@ void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace)
 // Turns each partition's count of new rows into its first new slot; returns how many new rows there are in all.
 int64_t assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace, std::vector<int64_t>& counts) {
   int64_t total = 0;
-  counts.resize(workspace.partitions.size());
   for (size_t i = 0; i < workspace.partitions.size(); ++i) {
     const Task& task = workspace.partitions[i];
     TableStep& step = tables[static_cast<size_t>(task.table)];
@@ -285,24 +286,27 @@ BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, i
   BorrowedWorkspace borrowed;
   Workspace& workspace = *borrowed;
   const int num_threads = choose_num_threads(tables, max_threads);
+  Team team(num_threads);
   plan(tables, num_threads, workspace);
-  const BadLookup bad = partition_lookups(workspace, num_threads);
+  const BadLookup bad = partition_lookups(workspace, team);
   if (bad.table >= 0) return bad;
   reserve_threads(tables, workspace);
 
   std::vector<UpdateRows> update_rows;
   for (const TableStep& step : tables) update_rows.push_back(update_rows_for(step.table->element, instruction_set));
+  const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
   std::vector<int64_t> num_new_rows(workspace.partitions.size());
 
-  const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
-  for_each_task(num_partitions, num_threads, [&](int64_t index, int thread) {
+  auto walk = [&](int64_t index, int thread) {
     const Task& task = workspace.partitions[static_cast<size_t>(index)];
     const auto t = static_cast<size_t>(task.table);
     walk_partition(tables[t], workspace.tables[t], task.part, update_rows[t],
                    workspace.threads[static_cast<size_t>(thread)]);
-  });
+  };
+  team.for_each(num_partitions, walk);
   if (assign_first_slots(tables, workspace, num_new_rows) == 0) return {};
-  for_each_task(num_partitions, num_threads, [&](int64_t index, int thread) {
+
+  auto walk_new = [&](int64_t index, int thread) {
     const auto i = static_cast<size_t>(index);
     if (num_new_rows[i] == 0) return;
     const Task& task = workspace.partitions[i];
@@ -310,7 +314,8 @@ BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, i
     TableScratch& scratch = workspace.tables[t];
     walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[static_cast<size_t>(task.part)], num_new_rows[i],
                   update_rows[t], workspace.threads[static_cast<size_t>(thread)]);
-  });
+  };
+  team.for_each(num_partitions, walk_new);
   return {};
 }
 

@@ -9,10 +9,7 @@ import torch
 
 
 def bits(value: Any) -> Any:
-    """Return a tensor as its dtype, shape and bytes, so that NaN equals itself and 0 is not -0; else the value's text.
-
-    The text of a number tells NaN from NaN just as little as is wanted here.
-    """
+    """Return a tensor as its dtype, shape and bytes, any other value as its type and text; NaN equals itself so."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__, repr(value)
     flat = value.detach().reshape(-1).contiguous().view(torch.uint8)
@@ -23,13 +20,9 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return every parameter, every part of every state and every option of every group."""
     return {
         "tables": [[bits(table) for table in group["params"]] for group in optimizer.param_groups],
-        "states": [
-            [state_bits(optimizer, table) for table in group["params"]]
-            for group in optimizer.param_groups
-        ],
+        "states": [[state_bits(optimizer, table) for table in group["params"]] for group in optimizer.param_groups],
         "options": [
-            {key: bits(value) for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
+            {key: bits(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         ],
         "number of states": len(optimizer.state),
     }

@@ -35,11 +35,8 @@ class MomentMemory(Protocol):
     def grow(self, num_slots: int) -> None:
         """Make room for at least ``num_slots`` slots; what is stored stays."""
 
-    def exp_avg(self, num_slots: int) -> Tensor:
-        """Return the first moments of the first slots, ``[num_slots, *row_shape]``."""
-
-    def exp_avg_sq(self, num_slots: int) -> Tensor:
-        """Return the second moments of the first slots, ``[num_slots, *row_shape]``."""
+    def moments(self, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Return ``exp_avg`` and ``exp_avg_sq`` of the first slots, each ``[num_slots, *row_shape]``."""
 
     def rows(self, num_slots: int) -> Tensor:
         """Return the row of each of the first slots, int64 ``[num_slots]``."""
@@ -92,11 +89,10 @@ class ReservedMemory:
     def grow(self, num_slots: int) -> None:
         """Do nothing: every slot that a table can need is reserved."""
 
-    def exp_avg(self, num_slots: int) -> Tensor:
-        return self._records.first((num_slots, 2, *self._row_shape))[:, 0]
-
-    def exp_avg_sq(self, num_slots: int) -> Tensor:
-        return self._records.first((num_slots, 2, *self._row_shape))[:, 1]
+    def moments(self, num_slots: int) -> tuple[Tensor, Tensor]:
+        # Both are cut from one tensor: saved together, their storage is written once.
+        records = self._records.first((num_slots, 2, *self._row_shape))
+        return records[:, 0], records[:, 1]
 
     def rows(self, num_slots: int) -> Tensor:
         return self._rows.first((num_slots,))
@@ -123,11 +119,8 @@ class GrowingMemory:
         self._rows = _enlarged(self._rows, capacity)
         self.capacity = capacity
 
-    def exp_avg(self, num_slots: int) -> Tensor:
-        return self._exp_avg[:num_slots]
-
-    def exp_avg_sq(self, num_slots: int) -> Tensor:
-        return self._exp_avg_sq[:num_slots]
+    def moments(self, num_slots: int) -> tuple[Tensor, Tensor]:
+        return self._exp_avg[:num_slots], self._exp_avg_sq[:num_slots]
 
     def rows(self, num_slots: int) -> Tensor:
         return self._rows[:num_slots]

@@ -24,5 +24,3 @@ def step(tables: Sequence[tuple[Table, int, int, int, int, Sequence[float]]], in
     Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as
     (table, lookup, dimension, index).
     """
-
-threads: str = 'OpenMP'

@@ -15,6 +15,10 @@ from torch import Tensor
 
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_GROUP_OPTIONS = ("lr", "betas", "eps", "maximize", "torch_eps")
+
+_LR_ROUNDING = 1e-12
+
 # Options of other Adams that change nothing at these values; at any other they would be ignored, so they are refused.
 _NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0, None),
@@ -71,10 +75,11 @@ def _as_number(value: object, name: str) -> float:
                 f"Tensor {name} must be 1-element, got shape {shape_text(value.shape)}. "
                 f"Use one parameter group for each value."
             )
-        return float(value)
     try:
+        if isinstance(value, (str, bytes)):  # which float() would parse
+            raise TypeError
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or a one-element Tensor, got {type(value).__name__}.") from None
 
 
@@ -85,9 +90,12 @@ def _check_flag(value: object, name: str) -> bool:
 
 
 def check_lr(value: object, *, allow_zero: bool) -> float:
-    """Return ``lr`` as a float; zero stands still, which a schedule may want but a default cannot mean."""
+    """Return ``lr`` as a float; zero stands still, which a schedule may want but a default cannot mean.
+
+    A schedule that ends at zero may miss it by a rounding error, as LinearLR does: that much below zero is let pass.
+    """
     lr = _as_number(value, "lr")
-    if not (0.0 <= lr < math.inf) or (lr == 0.0 and not allow_zero):
+    if not (-_LR_ROUNDING <= lr < math.inf) if allow_zero else not (0.0 < lr < math.inf):
         interval = "[0, inf)" if allow_zero else "(0, inf)"
         raise ValueError(f"Invalid learning rate: {lr}. lr must lie in {interval}.")
     return lr
@@ -103,7 +111,9 @@ def check_eps(value: object) -> float:
 
 def check_betas(value: object) -> tuple[float, float]:
     """Return ``betas`` as two floats in [0, 1)."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"Invalid betas: {value!r}. betas must be a pair such as (0.9, 0.999).")
+    if len(value) != 2:
         raise ValueError(f"Invalid betas: {value!r}. betas must be a pair such as (0.9, 0.999).")
     betas = _as_number(value[0], "betas[0]"), _as_number(value[1], "betas[1]")
     for index, beta in enumerate(betas):
@@ -119,6 +129,9 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
         TypeError: an option of the wrong type.
         ValueError: a number outside its range, or an option that this optimizer would have to ignore.
     """
+    missing = [name for name in _GROUP_OPTIONS if name not in group]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing from parameter group {group_index}. Set it to its default.")
     try:
         _check_neutral(group)
         beta1, beta2 = check_betas(group["betas"])
@@ -255,11 +268,19 @@ def row_error(place: Place, sparse_shape: Sequence[int], dim: int, index: int) -
 # State --------------------------------------------------------------------------------------------
 
 
-def moments_mismatch_error(place: Place, what: str, found: object, wanted: object) -> RuntimeError:
-    """Make the error for a table that changed under its moments."""
+def moment_shape_error(place: Place, found: Sequence[int], wanted: Sequence[int]) -> RuntimeError:
+    """Make the error for a table that changed its shape under its moments."""
     return RuntimeError(
-        f"the moments of {place} were made for a table of {what} {found}, but the table now has {what} {wanted}. "
-        "Build a new optimizer after changing a table."
+        f"the moments of {place} were made for a table of shape {shape_text(found)}, but the table now has shape "
+        f"{shape_text(wanted)}. Build a new optimizer after changing a table's shape."
+    )
+
+
+def moment_dtype_error(place: Place, found: torch.dtype, table_dtype: torch.dtype, wanted: torch.dtype) -> RuntimeError:
+    """Make the error for a table that changed its dtype under its moments."""
+    return RuntimeError(
+        f"the moments of {place} have dtype {found}, but the table now has dtype {table_dtype}, which needs {wanted} "
+        "moments. Build a new optimizer after changing a table's dtype."
     )
 
 

@@ -21,6 +21,9 @@ from .moments import STATE_KEYS, Moments, moment_dtype
 FORMAT_KEY = "sparseadam_format"
 FORMAT = 1
 
+# Far beyond any run; a float beyond it no longer counts single steps.
+_MAX_STEP = 2**53
+
 _DENSE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 # How PyTorch's Adam was to compute, not what; a checkpoint of it loads whatever these say.
@@ -34,22 +37,25 @@ _IMPLEMENTATION_OPTIONS = (
 
 
 def check_format(state_dict: Mapping[str, Any]) -> None:
-    """Refuse a file from a later version.
+    """Refuse what is no state dict, or one from a later version.
 
     Raises:
-        ValueError: the file's format is not one this version knows.
+        ValueError: a part is missing, or the format is not one that this version knows.
     """
-    found = state_dict.get(FORMAT_KEY, FORMAT)
-    if found != FORMAT:
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            found = ", ".join(map(str, state_dict)) or "nothing"
+            raise checkpoint_error("all parameters", f"{key} missing, found {found}")
+    version = state_dict.get(FORMAT_KEY, FORMAT)
+    if version != FORMAT:
         raise checkpoint_error(
-            "all parameters",
-            f"{FORMAT_KEY} is {found!r} and this version reads {FORMAT}; install a newer sparseadam",
+            "all parameters", f"{FORMAT_KEY} is {version!r}, and this version of sparseadam reads {FORMAT}"
         )
 
 
 def write_state(moments: Moments) -> dict[str, Any]:
     """Return a table's state as plain values and tensors; the tensors are live views, as in PyTorch."""
-    return dict(moments)
+    return moments.parts()
 
 
 def write_torch_state(moments: Moments) -> dict[str, Any]:
@@ -69,16 +75,23 @@ def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Map
     return {**kept, **read, "params": group["params"]}
 
 
-def read_state(state: Mapping[str, Any], table: Tensor, place: Place) -> Moments:
-    """Build moments from a table's saved state, ours or PyTorch's.
+def read_state(state: Any, table: Tensor, place: Place, *, is_compact: bool) -> Moments:
+    """Build moments from a table's saved state.
 
-    A dense state of :class:`torch.optim.SparseAdam` or :class:`torch.optim.Adam` keeps the rows that have a non-zero
-    moment.
+    Args:
+        state: the saved parts by name. A dense state of :class:`torch.optim.SparseAdam` or :class:`torch.optim.Adam`
+            keeps the rows that have a non-zero moment.
+        table: the table it is for.
+        place: the table's place, for messages.
+        is_compact: whether the state is known to be ours. Otherwise it is ours if it has ``rows``.
 
     Raises:
         ValueError: the state does not fit the table; the message says what was found and expected.
     """
-    wanted = STATE_KEYS if "rows" in state else _DENSE_KEYS
+    if not isinstance(state, Mapping):
+        raise checkpoint_error(place, f"a {type(state).__name__} found, a dict expected")
+    is_compact = is_compact or "rows" in state
+    wanted = STATE_KEYS if is_compact else _DENSE_KEYS
     missing = [key for key in wanted if key not in state]
     if missing:
         raise checkpoint_error(place, f"{', '.join(missing)} missing, found {', '.join(map(str, state))}")
@@ -87,11 +100,11 @@ def read_state(state: Mapping[str, Any], table: Tensor, place: Place) -> Moments
         raise checkpoint_error(place, f"{', '.join(extra)} not understood by SparseAdam")
     step = _read_step(state["step"], place)
     for key in ("exp_avg", "exp_avg_sq"):
-        _check_moment(state[key], key, table, place, dense="rows" not in state)
+        _check_moment(state[key], key, table, place, dense=not is_compact)
     if state["exp_avg"].shape != state["exp_avg_sq"].shape:
         shapes = " and ".join(shape_text(state[key].shape) for key in ("exp_avg", "exp_avg_sq"))
         raise checkpoint_error(place, f"exp_avg and exp_avg_sq have different shapes, {shapes}")
-    if "rows" in state:
+    if is_compact:
         return _read_compact(step, state, table, place)
     return _read_dense(step, state, table)
 
@@ -99,15 +112,19 @@ def read_state(state: Mapping[str, Any], table: Tensor, place: Place) -> Moments
 def _read_step(step: object, place: Place) -> int:
     """Return a step count, which is an int here and in SparseAdam, and a one-element tensor in Adam."""
     value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
-    if not is_whole or value < 0:  # type: ignore[operator]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_STEP:
         raise checkpoint_error(place, f"step is {step!r}, a whole number of at least 0 expected")
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return value
 
 
 def _check_moment(moment: object, key: str, table: Tensor, place: Place, *, dense: bool) -> None:
-    if not isinstance(moment, Tensor) or moment.layout is not torch.strided:
+    if not isinstance(moment, Tensor):
         raise checkpoint_error(place, f"{key} is a {type(moment).__name__}, a strided tensor expected")
+    if moment.layout is not torch.strided or moment.is_meta:
+        found = "no data, on the meta device" if moment.is_meta else f"layout {moment.layout}"
+        raise checkpoint_error(place, f"{key} has {found}, a strided tensor expected")
     allowed = {moment_dtype(table.dtype)}
     if dense:
         allowed.add(table.dtype)  # PyTorch keeps the moments of half-precision tables in half precision
@@ -151,8 +168,8 @@ def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Pla
 
 def _check_rows(rows: object, num_slots: int, num_rows: int, place: Place) -> None:
     if not isinstance(rows, Tensor) or rows.dtype is not torch.int64 or rows.dim() != 1:
-        found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else type(rows)
-        raise checkpoint_error(place, f"rows is {found}, torch.int64 of one dimension expected")
+        found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+        raise checkpoint_error(place, f"rows is {found}, a one-dimensional torch.int64 tensor expected")
     if len(rows) != num_slots:
         raise checkpoint_error(place, f"{len(rows)} rows for {num_slots} rows of moments")
     outside = rows[(rows < 0) | (rows >= num_rows)]

@@ -68,8 +68,8 @@ class Moments(MutableMapping[str, Any]):
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
-        # What the native backend knows of this table's memory; anything that moves the memory drops it.
-        self.native_table: tuple[int, object] | None = None
+        # What the native backend knows of the table's memory and of this; anything that moves this drops it.
+        self.native_table: tuple[object, object] | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -79,12 +79,12 @@ class Moments(MutableMapping[str, Any]):
     @property
     def exp_avg(self) -> Tensor:
         """First moments, ``[num_slots, *row_shape]``."""
-        return self._memory.exp_avg(self.num_slots)
+        return self._memory.moments(self.num_slots)[0]
 
     @property
     def exp_avg_sq(self) -> Tensor:
         """Second moments, ``[num_slots, *row_shape]``."""
-        return self._memory.exp_avg_sq(self.num_slots)
+        return self._memory.moments(self.num_slots)[1]
 
     @property
     def num_bytes(self) -> int:
@@ -104,14 +104,15 @@ class Moments(MutableMapping[str, Any]):
             self._memory.grow(num_slots)
             self.native_table = None
 
+    def parts(self) -> dict[str, Any]:
+        """Return the state by the names of its parts; the two moments share one storage where they lie in one."""
+        exp_avg, exp_avg_sq = self._memory.moments(self.num_slots)
+        return {"step": self.step, "rows": self.rows, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
     def whole_memory(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``rows``, ``exp_avg`` and ``exp_avg_sq`` of every slot there is room for."""
         capacity = self._memory.capacity
-        return (
-            self._memory.rows(capacity),
-            self._memory.exp_avg(capacity),
-            self._memory.exp_avg_sq(capacity),
-        )
+        return self._memory.rows(capacity), *self._memory.moments(capacity)
 
     def claim_slots(self, rows: Tensor) -> Tensor:
         """Return the slot of each of ``rows`` (distinct, ascending, inside the table), giving new ones where needed."""

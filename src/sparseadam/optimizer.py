@@ -189,11 +189,11 @@ class SparseAdam(torch.optim.Optimizer):
         if not state:
             return Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
         # A plain mapping has been put there from outside, as code that moves states between devices does.
-        moments = state if isinstance(state, Moments) else checkpoint.read_state(state, table, place)
+        moments = state if isinstance(state, Moments) else checkpoint.read_state(state, table, place, is_compact=False)
         if moments.shape != table.shape:
-            raise _validate.moments_mismatch_error(place, "shape", list(moments.shape), list(table.shape))
+            raise _validate.moment_shape_error(place, moments.shape, table.shape)
         if moments.dtype is not moment_dtype(table.dtype):
-            raise _validate.moments_mismatch_error(place, "dtype", f"with {moments.dtype} moments", table.dtype)
+            raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         if moments.device != table.device:
             moments = moments.to_device(table.device)
         if moments.sparse_dim != sparse_dim:
@@ -260,7 +260,9 @@ class SparseAdam(torch.optim.Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         checkpoint.check_format(state_dict)
         groups = self._read_groups(state_dict["param_groups"])
-        state = self._read_states(state_dict["state"], state_dict["param_groups"])
+        state = self._read_states(
+            state_dict["state"], state_dict["param_groups"], is_compact=checkpoint.FORMAT_KEY in state_dict
+        )
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -275,17 +277,20 @@ class SparseAdam(torch.optim.Optimizer):
             )
         groups = []
         for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if len(saved["params"]) != len(group["params"]):
+            num_saved = len(saved.get("params", ()))
+            if num_saved != len(group["params"]):
                 raise ValueError(
                     "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                    f"{len(saved['params'])} parameters for the {len(group['params'])} of group {group_index}. "
+                    f"{num_saved} parameters for the {len(group['params'])} of group {group_index}. "
                     "The optimizer is unchanged."
                 )
             groups.append(checkpoint.read_group(saved, group, self.defaults))
             _validate.check_group(groups[-1], group_index)
         return groups
 
-    def _read_states(self, states: Mapping[Any, Any], saved_groups: list[dict[str, Any]]) -> defaultdict[Any, Any]:
+    def _read_states(
+        self, states: Mapping[Any, Any], saved_groups: list[dict[str, Any]], *, is_compact: bool
+    ) -> defaultdict[Any, Any]:
         """Return the states as a checkpoint sets them, checked; those of no parameter are taken as they are."""
         tables: dict[Any, tuple[Tensor, Place]] = {}
         for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
@@ -295,9 +300,9 @@ class SparseAdam(torch.optim.Optimizer):
         for key, state in states.items():
             if key not in tables:
                 read[key] = deepcopy(state)
-            elif state:
+            elif not isinstance(state, Mapping) or len(state) > 0:
                 table, place = tables[key]
-                read[table] = checkpoint.read_state(state, table, place)
+                read[table] = checkpoint.read_state(state, table, place, is_compact=is_compact)
         return read
 
     def __getstate__(self) -> dict[str, Any]:

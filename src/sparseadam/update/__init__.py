@@ -103,7 +103,7 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
 def _uses_native(update: RowUpdate, backend: str | None) -> bool:
     if backend == "reference" or native.module() is None:
         return False
-    reason = native.refusal(update)
+    reason = native.prepare(update)
     if reason is not None and backend == "native":
         raise _validate.backend_error(update.place, "native", reason)
     return reason is None

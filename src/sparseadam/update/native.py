@@ -24,28 +24,34 @@ _ALWAYS_FITS = 2**31
 
 
 @cache
+def _load() -> tuple[ModuleType | None, str]:
+    """Return the native module, or None and what went wrong."""
+    try:
+        return importlib.import_module("sparseadam._native"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
 def module() -> ModuleType | None:
     """Return the native module, or None where this installation lacks it."""
-    try:
-        return importlib.import_module("sparseadam._native")
-    except ImportError:
-        return None
+    return _load()[0]
 
 
 def missing_reason() -> str | None:
     """Say why the native backend is missing, or None where it is there."""
-    if module() is not None:
+    native, problem = _load()
+    if native is not None:
         return None
     return (
-        "the native module is missing from this installation. Install a C++17 compiler and reinstall sparseadam "
-        "(pip install --no-binary sparseadam --force-reinstall --no-deps sparseadam), or use a wheel for this platform"
+        f"the native module is missing from this installation ({problem}). Install a C++17 compiler and reinstall "
+        "sparseadam (pip install --no-binary sparseadam --force-reinstall --no-deps sparseadam), or use a wheel for "
+        "this platform"
     )
 
 
 def detail() -> str:
     """Say what this build runs on."""
-    native = _module()
-    return f"{instruction_set()}, threads: {native.threads}"
+    return f"C++ on the CPU, {instruction_set()}"
 
 
 @cache
@@ -54,17 +60,28 @@ def instruction_set() -> str:
     return str(_module().instruction_sets()[-1])
 
 
-def refusal(update: RowUpdate) -> str | None:
-    """Say why this table's step cannot run natively, or None where it can."""
-    moments = update.moments
-    num_lookups = update.lookups.indices.shape[1]
+def prepare(update: RowUpdate) -> str | None:
+    """Make a table ready for ``update_rows``: room for its new slots, and the module's handle of its memory.
+
+    Returns:
+        Why this table's step cannot run natively, or None where it can.
+    """
+    table, moments = update.table, update.moments
+    num_lookups = len(update.lookups.values)
     if (num_lookups >= _ALWAYS_FITS or moments.num_rows >= _ALWAYS_FITS) and not _module().fits(
         moments.num_rows, num_lookups
     ):
         return f"{moments.num_rows} rows and {num_lookups} lookups do not fit its 64-bit (row, position) entries"
-    if moments.native_table is not None and moments.native_table[0] == update.table.data_ptr():
+    if moments.capacity < moments.num_rows:
+        moments.grow(moments.num_slots + num_lookups)
+    # Whatever a table is assigned later, and wherever it lies then, shows in these.
+    memory = (table.data_ptr(), table.dtype, table.stride())
+    if moments.native_table is not None and moments.native_table[0] == memory:
         return None
-    return _table_refusal(update.table, moments)
+    reason = _table_refusal(table, moments)
+    if reason is None:
+        moments.native_table = (memory, _make_handle(table, moments))
+    return reason
 
 
 def _table_refusal(table: Tensor, moments: Moments) -> str | None:
@@ -74,21 +91,21 @@ def _table_refusal(table: Tensor, moments: Moments) -> str | None:
         return f"this build has no {table.dtype} kernel"
     if _row_stride(table, moments) is None:
         return (
-            f"its rows must be adjacent in memory, and the table has shape {list(table.shape)} with strides "
-            f"{list(table.stride())}"
+            "the elements of a row must be adjacent in memory and its rows evenly spaced, and the table has shape "
+            f"{list(table.shape)} with strides {list(table.stride())}; .contiguous() makes such a table"
         )
     return None
 
 
 def update_rows(updates: Sequence[RowUpdate]) -> None:
-    """Update the touched rows of all tables and their moments in place, or none of them.
+    """Update the touched rows of all tables, each of them prepared, and their moments in place, or none of them.
 
     Raises:
         IndexError: an index outside its table, named; nothing was written.
     """
     steps = [
         (
-            _native_table(update.table, update.moments, len(update.lookups.values)),
+            update.moments.native_table[1],  # type: ignore[index]
             update.lookups.indices.data_ptr(),
             update.lookups.values.data_ptr(),
             len(update.lookups.values),
@@ -106,7 +123,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
     for update, count in zip(updates, num_slots, strict=True):
         update.moments.num_slots = count
     # Written past autograd: tell it, so that a stale graph is caught in backward() as after any in-place operation.
-    torch.autograd.graph.increment_version([update.table for update in updates])
+    torch.autograd.graph.increment_version([update.table for update in updates if len(update.lookups.values) > 0])
 
 
 def _module() -> ModuleType:
@@ -119,28 +136,21 @@ def _element_type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _native_table(table: Tensor, moments: Moments, num_lookups: int) -> object:
-    """Return the module's handle of a table, made once and again when its memory or that of its moments has moved."""
-    if moments.capacity < moments.num_rows:
-        moments.grow(moments.num_slots + num_lookups)
-    address = table.data_ptr()
-    if moments.native_table is None or moments.native_table[0] != address:
-        rows, exp_avg, exp_avg_sq = moments.whole_memory()
-        handle = _module().Table(
-            table=address,
-            table_stride=_row_stride(table, moments),
-            element_type=_element_type(table.dtype),
-            sparse_shape=list(table.shape[: moments.sparse_dim]),
-            width=moments.width,
-            exp_avg=exp_avg.data_ptr(),
-            exp_avg_sq=exp_avg_sq.data_ptr(),
-            moment_stride=exp_avg.stride(0),
-            slot_of_row=moments.slot_of_row.data_ptr(),
-            wide_slots=moments.slot_of_row.dtype is torch.int64,
-            rows=rows.data_ptr(),
-        )
-        moments.native_table = (address, handle)
-    return moments.native_table[1]
+def _make_handle(table: Tensor, moments: Moments) -> object:
+    rows, exp_avg, exp_avg_sq = moments.whole_memory()
+    return _module().Table(
+        table=table.data_ptr(),
+        table_stride=_row_stride(table, moments),
+        element_type=_element_type(table.dtype),
+        sparse_shape=list(table.shape[: moments.sparse_dim]),
+        width=moments.width,
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=exp_avg_sq.data_ptr(),
+        moment_stride=exp_avg.stride(0),
+        slot_of_row=moments.slot_of_row.data_ptr(),
+        wide_slots=moments.slot_of_row.dtype is torch.int64,
+        rows=rows.data_ptr(),
+    )
 
 
 def _row_stride(table: Tensor, moments: Moments) -> int | None:

@@ -1,0 +1,126 @@
+"""Write ``docs/benchmarks.md`` and its plots: measure everything, or take what a previous run left in ``results``.
+
+The prose is in ``benchmarks.md.in``; each ``{placeholder}`` there is filled with a table or a fact. What is said of the
+profile of a step is in ``profile.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import contention
+import memory
+import overhead
+import scaling
+import threads
+from common import RESULTS, Script
+
+from sparseadam.bench import plot, report
+from sparseadam.bench.report import Column, Record, markdown_table, read_json_lines
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+SCRIPTS: tuple[Script, ...] = tuple(module.SCRIPT for module in (scaling, overhead, threads, contention, memory))
+STEP = "step"
+NO_PROFILE = "No profile has been written down for this version."
+
+
+def main() -> int:
+    """Measure if asked to, and write the page."""
+    parser = argparse.ArgumentParser(description="Write docs/benchmarks.md and its plots.")
+    parser.add_argument(
+        "--no-run", action="store_true", help="measure nothing; take the JSON lines in benchmarks/results as they are"
+    )
+    if not parser.parse_args().no_run:
+        measure_everything()
+    missing = [name for name in (STEP, *(script.name for script in SCRIPTS)) if not results_file(name).exists()]
+    if missing:
+        names = ", ".join(str(results_file(name).relative_to(HERE.parent)) for name in missing)
+        print(f"docs: {names} not there; run without --no-run.", file=sys.stderr)
+        return 1
+    write_page()
+    return 0
+
+
+def results_file(name: str) -> Path:
+    """Return where a measurement's JSON lines are."""
+    return RESULTS / f"{name}.jsonl"
+
+
+def measure_everything() -> None:
+    """Run each measurement in a process of its own, as a reader would."""
+    RESULTS.mkdir(exist_ok=True)
+    step = ["-m", "sparseadam", "bench", "--json", str(results_file(STEP))]
+    for arguments in (step, *([str(HERE / f"{script.name}.py")] for script in SCRIPTS)):
+        subprocess.run([sys.executable, *arguments], check=True)
+
+
+def write_page() -> None:
+    """Fill the template from the results and draw the plots."""
+    images = DOCS / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    steps = read_json_lines(results_file(STEP))
+    plot.draw(steps, images / "benchmark-step.png")
+    scaling.draw(read_json_lines(results_file(scaling.SCRIPT.name)), images / "benchmark-scaling.png")
+    page = fill((HERE / "benchmarks.md.in").read_text(encoding="utf-8"), placeholders(steps))
+    (DOCS / "benchmarks.md").write_text(page, encoding="utf-8")
+
+
+def placeholders(steps: list[Record]) -> dict[str, str]:
+    """Return what goes into the template, by name."""
+    profile = HERE / "profile.md"
+    bandwidths = [record["copy_bytes_per_second"]["median"] / 1e9 for record in steps]
+    filled = {
+        "machine": machine_table(steps[0]),
+        "step": section(report.COLUMNS, steps),
+        "notes": "\n".join(f"- {note}" for note in report.notes(steps)),
+        "bandwidth": f"{min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s",
+        "missed": missed(steps),
+        "profile": profile.read_text(encoding="utf-8").strip() if profile.exists() else NO_PROFILE,
+    }
+    for script in SCRIPTS:
+        filled[script.name] = section(script.columns, read_json_lines(results_file(script.name)))
+    return filled
+
+
+def machine_table(record: Record) -> str:
+    """Say on what the figures were taken."""
+    rows = {
+        "processor": record["processor"],
+        "threads": record["threads"],
+        "backend": f"{record['backend']} ({record['backend_detail']})",
+        "versions": f"sparseadam {record['sparseadam']}, torch {record['torch']}, Python {record['python']}",
+        "commit": record["commit"] or "not a checkout",
+        "date": record["date"],
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def section(columns: tuple[Column, ...], records: list[Record]) -> str:
+    """Return a table and what its columns mean."""
+    legend = "\n".join(f"- *{column.heading}*: {column.legend}." for column in columns)
+    return f"{markdown_table(columns, records)}\n\n{legend}"
+
+
+def missed(steps: list[Record]) -> str:
+    """Say how many targets were missed, and in which cases."""
+    cases = [
+        f"{record['case']} ({name.replace('_', ' ')})"
+        for record in steps
+        for name, target in record["targets"].items()
+        if name in record["ratios"] and record["ratios"][name]["median"] < target
+    ]
+    return f"Targets missed: {', '.join(cases)}." if cases else "No target was missed."
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """Replace each ``{name}`` of the template; a name that is not known is an error."""
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""A case made real: its tables, a handful of distinct gradients, and the bytes that a step on each must move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..moments import moment_dtype
+from .cases import Case, row_source
+
+# Enough that a step does not find the rows of the last one still in cache, few enough to be held in memory.
+NUM_GRADIENTS = 8
+
+
+def floor_bytes(num_touched: int, num_lookups: int, width: int, dtype: torch.dtype) -> int:
+    """Return the bytes that a step must move at least.
+
+    A touched row's table entries and both of its moments are read and written once, each lookup's values are read
+    once: ``24*U*D + 4*L*D`` for float32, with U touched rows, L lookups and width D.
+
+    Example:
+        >>> floor_bytes(num_touched=3, num_lookups=5, width=2, dtype=torch.float32)
+        184
+    """
+    row = width * (2 * dtype.itemsize + 4 * moment_dtype(dtype).itemsize)
+    return num_touched * row + num_lookups * width * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One step's lookups into every table.
+
+    Attributes:
+        rows: int64 ``[num_lookups]`` for each table, with repeats.
+        values: ``[num_lookups, width]`` for each table.
+        sparse: both as uncoalesced sparse tensors, as a sparse embedding's backward pass makes them.
+        num_touched: distinct rows, over all tables.
+        floor_bytes: what a step must move at least, over all tables.
+    """
+
+    rows: list[Tensor]
+    values: list[Tensor]
+    sparse: list[Tensor]
+    num_touched: int
+    floor_bytes: int
+
+
+class Workload:
+    """The tables of a case and the gradients that are cycled through them.
+
+    All contenders step the same tables: how long a step takes does not depend on their values, and big ones would not
+    fit several times.
+    """
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        """Draw everything from ``seed``."""
+        self.case = case
+        # Before the tables are there: drawing takes much memory itself where tables are long.
+        self.gradients = _draw_gradients(case, seed)
+        shape = (case.num_rows, case.width)
+        # Written and not merely reserved, as an initialised embedding is.
+        self.tables = [nn.Parameter(torch.full(shape, 0.01, dtype=case.dtype)) for _ in range(case.num_tables)]
+
+    def clear_gradients(self) -> None:
+        """Leave no gradient behind on the tables."""
+        for table in self.tables:
+            table.grad = None
+
+
+def _draw_gradients(case: Case, seed: int) -> list[Gradient]:
+    rows_of_table = [list(_draw_rows(case, seed + table)) for table in range(case.num_tables)]
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for rows in zip(*rows_of_table, strict=True):
+        shape = (case.num_lookups, case.width)
+        values = [torch.empty(shape, dtype=case.dtype).uniform_(-1, 1, generator=generator) for _ in rows]
+        gradients.append(make_gradient(case, list(rows), values))
+    return gradients
+
+
+def _draw_rows(case: Case, seed: int) -> Iterator[Tensor]:
+    draw = row_source(case.distribution, case.num_rows, seed)
+    return (draw(case.num_lookups) for _ in range(NUM_GRADIENTS))
+
+
+def make_gradient(case: Case, rows: list[Tensor], values: list[Tensor]) -> Gradient:
+    """Put the lookups of every table together."""
+    shape = (case.num_rows, case.width)
+    sparse = [
+        torch.sparse_coo_tensor(table_rows[None], table_values, shape, check_invariants=True)
+        for table_rows, table_values in zip(rows, values, strict=True)
+    ]
+    num_touched = [len(torch.unique(table_rows)) for table_rows in rows]
+    num_bytes = sum(floor_bytes(count, case.num_lookups, case.width, case.dtype) for count in num_touched)
+    return Gradient(rows, values, sparse, sum(num_touched), num_bytes)
