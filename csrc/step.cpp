@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "partition.h"
-#include "thread_pool.h"
+#include "thread_team.h"
 
 namespace sparseadam {
 
@@ -280,14 +280,7 @@ int64_t assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace,
   return total;
 }
 
-}  // namespace
-
-BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
-  BorrowedWorkspace borrowed;
-  Workspace& workspace = *borrowed;
-  const int num_threads = choose_num_threads(tables, max_threads);
-  Team team(num_threads);
-  plan(tables, num_threads, workspace);
+BadLookup step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instruction_set, Workspace& workspace) {
   const BadLookup bad = partition_lookups(workspace, team);
   if (bad.table >= 0) return bad;
   reserve_threads(tables, workspace);
@@ -317,6 +310,18 @@ BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, i
   };
   team.for_each(num_partitions, walk_new);
   return {};
+}
+
+}  // namespace
+
+BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
+  BorrowedWorkspace borrowed;
+  const int num_threads = choose_num_threads(tables, max_threads);
+  plan(tables, num_threads, *borrowed);
+  BadLookup bad;
+  auto run = [&](Team& team) { bad = step_with(team, tables, instruction_set, *borrowed); };
+  with_team(num_threads, run);
+  return bad;
 }
 
 }  // namespace sparseadam

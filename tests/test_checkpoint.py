@@ -698,7 +698,11 @@ def at_top(**parts: Any) -> Change:
 WHOLE_MISFITS: dict[str, tuple[Change, type[Exception], str]] = {
     "a group too few": (drop_group, ValueError, "1, and the optimizer has 2"),
     "a parameter too few": (drop_param, ValueError, "1 parameters? for the 2 of group 1"),
-    "a newer format": (at_top(sparseadam_format=2), ValueError, "sparseadam_format is 2, and this version of sparseadam reads 1"),
+    "a newer format": (
+        at_top(sparseadam_format=2),
+        ValueError,
+        "sparseadam_format is 2, and this version of sparseadam reads 1",
+    ),
     "lr negative": (in_last_group(lr=-1.0), ValueError, "Invalid learning rate: -1.0.*parameter group 1"),
     "lr nan": (in_last_group(lr=math.nan), ValueError, "Invalid learning rate: nan.*parameter group 1"),
     "lr None": (in_last_group(lr=None), TypeError, "lr must be a number.*parameter group 1"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,16 +32,17 @@ _NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in an optimizer, for messages."""
+    """Where a parameter stands in an optimizer: its group, for messages, and its position there."""
 
-    group: int
+    group: Mapping[str, Any]
+    group_index: int
     position: int
-    name: str | None = None
 
     def __str__(self) -> str:
-        """Return the words for this parameter in a message."""
-        place = f"group {self.group}, parameter {self.position}"
-        return place if self.name is None else f"{self.name!r} ({place})"
+        """Return the words for this parameter in a message; its own name where the user gave named parameters."""
+        place = f"group {self.group_index}, parameter {self.position}"
+        names = self.group.get("param_names")
+        return f"{names[self.position]!r} ({place})" if names else place
 
 
 class GroupOptions(NamedTuple):
@@ -52,12 +54,6 @@ class GroupOptions(NamedTuple):
     eps: float
     maximize: bool
     torch_eps: bool
-
-
-def place_of(group: Mapping[str, Any], group_index: int, position: int) -> Place:
-    """Name a parameter by its own name where the user gave named parameters."""
-    names = group.get("param_names")
-    return Place(group_index, position, names[position] if names else None)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -132,19 +128,38 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
     missing = [name for name in _GROUP_OPTIONS if name not in group]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing from parameter group {group_index}. Set it to its default.")
+    lr, betas = group["lr"], group["betas"]
+    values = (
+        float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex() else lr,
+        tuple(betas) if isinstance(betas, list) else betas,
+        group["eps"],
+        group["maximize"],
+        group["torch_eps"],
+    )
     try:
         _check_neutral(group)
-        beta1, beta2 = check_betas(group["betas"])
-        return GroupOptions(
-            lr=check_lr(group["lr"], allow_zero=True),
-            beta1=beta1,
-            beta2=beta2,
-            eps=check_eps(group["eps"]),
-            maximize=_check_flag(group["maximize"], "maximize"),
-            torch_eps=_check_flag(group["torch_eps"], "torch_eps"),
-        )
+        try:
+            return _remembered_options(*values)
+        except TypeError:  # of a wrong type, which may be why it cannot be looked up either
+            return _read_options(*values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} Found in parameter group {group_index}.") from None
+
+
+def _read_options(lr: object, betas: object, eps: object, maximize: object, torch_eps: object) -> GroupOptions:
+    beta1, beta2 = check_betas(betas)
+    return GroupOptions(
+        lr=check_lr(lr, allow_zero=True),
+        beta1=beta1,
+        beta2=beta2,
+        eps=check_eps(eps),
+        maximize=_check_flag(maximize, "maximize"),
+        torch_eps=_check_flag(torch_eps, "torch_eps"),
+    )
+
+
+# Options seldom change from step to step, and to find them checked is faster than to check them.
+_remembered_options = lru_cache(maxsize=1024, typed=True)(_read_options)
 
 
 def _check_neutral(group: Mapping[str, Any]) -> None:

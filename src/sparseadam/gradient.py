@@ -7,7 +7,7 @@ asked, because it is a claim that can be set by hand.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,19 +16,8 @@ from . import _validate
 from ._validate import Place
 
 
-class Lookups(NamedTuple):
-    """The entries of a gradient.
-
-    ``indices`` is int64 ``[sparse_dim, num_lookups]`` and ``values`` ``[num_lookups, *row_shape]`` in the table's
-    dtype; both are contiguous. Indices are not yet known to lie inside the table.
-    """
-
-    indices: Tensor
-    values: Tensor
-
-
-def read_lookups(table: Tensor, grad: Tensor, place: Place) -> Lookups:
-    """Read the lookups of ``grad``, having checked all that can be checked without reading indices.
+def check_gradient(table: Tensor, grad: Tensor, place: Place) -> None:
+    """Refuse a gradient that is not the sparse gradient of its table.
 
     Args:
         table: the parameter, strided, of any shape.
@@ -36,12 +25,11 @@ def read_lookups(table: Tensor, grad: Tensor, place: Place) -> Lookups:
         place: the parameter's place, for messages.
 
     Raises:
-        RuntimeError: a dense gradient, a layout other than COO, a shape, dtype or device that is not the table's, or
-            values that do not match the indices.
+        RuntimeError: a dense gradient, a layout other than COO, or a shape, dtype or device that is not the table's.
     """
+    if grad.layout is torch.strided:
+        raise _validate.dense_gradient_error(place, grad.shape)
     if grad.layout is not torch.sparse_coo:
-        if grad.layout is torch.strided:
-            raise _validate.dense_gradient_error(place, grad.shape)
         raise _validate.layout_error(place, grad.layout)
     if grad.shape != table.shape:
         raise _validate.mismatch_error(place, "shape", list(grad.shape), list(table.shape))
@@ -49,9 +37,13 @@ def read_lookups(table: Tensor, grad: Tensor, place: Place) -> Lookups:
         raise _validate.mismatch_error(place, "dtype", grad.dtype, table.dtype)
     if grad.device != table.device:
         raise _validate.mismatch_error(place, "device", grad.device, table.device)
-    indices, values = grad._indices(), grad._values()
-    sparse_dim, num_lookups = indices.shape
-    values_shape = (num_lookups, *table.shape[sparse_dim:])
-    if values.shape != values_shape:
-        raise _validate.values_error(place, values.shape, values_shape)
-    return Lookups(indices.contiguous(), values.contiguous())
+
+
+def check_values(values: Tensor, num_lookups: int, row_shape: Sequence[int], place: Place) -> None:
+    """Refuse values that do not match a gradient's indices and its table.
+
+    Raises:
+        RuntimeError: the values are not ``[num_lookups, *row_shape]``.
+    """
+    if values.shape != (num_lookups, *row_shape):
+        raise _validate.values_error(place, values.shape, (num_lookups, *row_shape))

@@ -39,6 +39,7 @@ class Moments(MutableMapping[str, Any]):
     """
 
     __slots__ = (
+        "_last_seen",
         "_memory",
         "device",
         "dtype",
@@ -68,8 +69,22 @@ class Moments(MutableMapping[str, Any]):
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
-        # What the native backend knows of the table's memory and of this; anything that moves this drops it.
-        self.native_table: tuple[object, object] | None = None
+        # The table and its gradient as they were last found to fit, and what the native backend made of the table.
+        self._last_seen: tuple[object, ...] = ()
+        self.native_table: object | None = None
+
+    def has_seen(self, table: Tensor, grad: Tensor) -> bool:
+        """Whether both are what the last ``see()`` saw: then all that it was preceded by need not be checked again.
+
+        Whatever is assigned to a table later, and wherever it lies then, shows in these; of the gradient only its
+        entries may be others.
+        """
+        return self._last_seen == _looks(table, grad)
+
+    def see(self, table: Tensor, grad: Tensor) -> None:
+        """Take a table and its gradient as fitting, and drop what was made of the last ones."""
+        self._last_seen = _looks(table, grad)
+        self.native_table = None
 
     @property
     def rows(self) -> Tensor:
@@ -232,6 +247,20 @@ class Moments(MutableMapping[str, Any]):
             self.exp_avg_sq.contiguous(),
         )
         return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, parts)
+
+
+def _looks(table: Tensor, grad: Tensor) -> tuple[object, ...]:
+    return (
+        table.data_ptr(),
+        table.device,
+        table.dtype,
+        table.stride(),
+        table.shape,
+        grad.layout,
+        grad.device,
+        grad.dtype,
+        grad.shape,
+    )
 
 
 def _rebuild(

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .._validate import GroupOptions, Place
-from ..gradient import Lookups
 from ..moments import Moments
 
 
@@ -32,12 +31,18 @@ class StepScalars(NamedTuple):
 
 
 class RowUpdate(NamedTuple):
-    """One table's part in a step: its moments fit it, and its lookups are checked but for their range."""
+    """One table's part in a step: its moments fit it, and its lookups are checked but for their range.
+
+    ``indices`` is int64 ``[sparse_dim, num_lookups]`` and ``values`` ``[num_lookups, *row_shape]`` in the table's
+    dtype; both are contiguous.
+    """
 
     place: Place
     table: Tensor
     moments: Moments
-    lookups: Lookups
+    indices: Tensor
+    values: Tensor
+    num_lookups: int
     scalars: StepScalars
 
 

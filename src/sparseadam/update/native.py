@@ -66,21 +66,18 @@ def prepare(update: RowUpdate) -> str | None:
     Returns:
         Why this table's step cannot run natively, or None where it can.
     """
-    table, moments = update.table, update.moments
-    num_lookups = len(update.lookups.values)
+    moments, num_lookups = update.moments, update.num_lookups
     if (num_lookups >= _ALWAYS_FITS or moments.num_rows >= _ALWAYS_FITS) and not _module().fits(
         moments.num_rows, num_lookups
     ):
         return f"{moments.num_rows} rows and {num_lookups} lookups do not fit its 64-bit (row, position) entries"
     if moments.capacity < moments.num_rows:
         moments.grow(moments.num_slots + num_lookups)
-    # Whatever a table is assigned later, and wherever it lies then, shows in these.
-    memory = (table.data_ptr(), table.dtype, table.stride())
-    if moments.native_table is not None and moments.native_table[0] == memory:
+    if moments.native_table is not None:
         return None
-    reason = _table_refusal(table, moments)
+    reason = _table_refusal(update.table, moments)
     if reason is None:
-        moments.native_table = (memory, _make_handle(table, moments))
+        moments.native_table = _make_handle(update.table, moments)
     return reason
 
 
@@ -105,10 +102,10 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
     """
     steps = [
         (
-            update.moments.native_table[1],  # type: ignore[index]
-            update.lookups.indices.data_ptr(),
-            update.lookups.values.data_ptr(),
-            len(update.lookups.values),
+            update.moments.native_table,
+            update.indices.data_ptr(),
+            update.values.data_ptr(),
+            update.num_lookups,
             update.moments.num_slots,
             update.scalars,
         )
@@ -123,7 +120,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
     for update, count in zip(updates, num_slots, strict=True):
         update.moments.num_slots = count
     # Written past autograd: tell it, so that a stale graph is caught in backward() as after any in-place operation.
-    torch.autograd.graph.increment_version([update.table for update in updates if len(update.lookups.values) > 0])
+    torch.autograd.graph.increment_version([update.table for update in updates if update.num_lookups > 0])
 
 
 def _module() -> ModuleType:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import _validate
-from ..gradient import Lookups
 from ._types import RowUpdate
 
 
@@ -23,20 +22,21 @@ def check_rows(updates: Sequence[RowUpdate]) -> None:
     """
     for update in updates:
         sparse_shape = update.table.shape[: update.moments.sparse_dim]
-        for dim, (size, indices) in enumerate(zip(sparse_shape, update.lookups.indices, strict=True)):
+        for dim, (size, indices) in enumerate(zip(sparse_shape, update.indices, strict=True)):
             is_bad = (indices < 0) | (indices >= size)
             if is_bad.any():
                 index = int(indices[is_bad][0])
                 raise _validate.row_error(update.place, sparse_shape, dim, index)
 
 
-def coalesce_rows(lookups: Lookups, sparse_shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def coalesce_rows(
+    indices: Tensor, values: Tensor, sparse_shape: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Sum the lookups of each row, in lookup order.
 
     Returns:
         The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
     """
-    indices, values = lookups
     rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
     for size, index in zip(sparse_shape, indices, strict=True):
         rows = rows * size + index
@@ -48,17 +48,18 @@ def coalesce_rows(lookups: Lookups, sparse_shape: Sequence[int], dtype: torch.dt
     return touched, grad.reshape(len(touched), *values.shape[1:])
 
 
+@torch.no_grad()
 def update_rows(updates: Sequence[RowUpdate]) -> None:
     """Update the touched rows of each table and their moments in place; indices have been checked."""
     for update in updates:
-        if len(update.lookups.values) > 0:
+        if update.num_lookups > 0:
             _update_table(update)
 
 
 def _update_table(update: RowUpdate) -> None:
     table, moments, scalars = update.table, update.moments, update.scalars
     sparse_shape = table.shape[: moments.sparse_dim]
-    rows, grad = coalesce_rows(update.lookups, sparse_shape, moments.dtype)
+    rows, grad = coalesce_rows(update.indices, update.values, sparse_shape, moments.dtype)
     slots = moments.claim_slots(rows)
 
     exp_avg = moments.exp_avg[slots].mul_(scalars.beta1).add_(grad * scalars.one_minus_beta1)
