@@ -5,6 +5,10 @@
 #   make bench      time the step against its peers; `make bench-docs` writes docs/benchmarks.md anew from all benchmarks
 #   make lint       ruff, clang-format and mypy
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
+#   make sanitize-threads, make sanitize-native
+#                   the native step by itself under the thread sanitizer, and under the other two
+#   make instructions
+#                   count the kernel's instructions against stored figures; ARGS=--store stores them
 #   make fallback   that the package installs and runs where no compiler is at hand
 #   make stubs      write the type stub of the native module anew
 
@@ -13,7 +17,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src csrc -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: test demo bench bench-docs lint sanitize fallback stubs clean
+.PHONY: test demo bench bench-docs lint sanitize sanitize-threads sanitize-native instructions fallback stubs clean
 .DELETE_ON_ERROR:
 
 $(BIN)/pip:
@@ -44,7 +48,7 @@ bench-docs: $(VENV)/installed
 lint: $(VENV)/dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/tests/*.cpp
 	$(BIN)/mypy
 
 # A second build beside the installed one. Python itself is not instrumented, so the runtime is loaded before it, and
@@ -58,6 +62,23 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_update.py tests/test_moments.py -k "not resident"
+
+# The native step without Python. Without OpenMP the kernel starts threads of its own: GNU's OpenMP runtime is not
+# instrumented, and all that it orders would look like a race.
+STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp
+STEP_TEST_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -g -O1 -fno-omit-frame-pointer
+sanitize-threads:
+	mkdir -p build/step_test
+	$(CXX) $(STEP_TEST_FLAGS) -fsanitize=thread $(STEP_TEST) -o build/step_test/threads
+	TSAN_OPTIONS=halt_on_error=1 build/step_test/threads threads
+
+sanitize-native:
+	mkdir -p build/step_test
+	$(CXX) $(STEP_TEST_FLAGS) -fopenmp -fsanitize=address,undefined $(STEP_TEST) -o build/step_test/native
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/step_test/native threads
+
+instructions:
+	CXX="$(CXX)" $(PYTHON) benchmarks/instructions.py $(ARGS)
 
 # Built as on a machine without a compiler, installed apart, and asked to say so and to run.
 FALLBACK := build/fallback

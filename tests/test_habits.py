@@ -889,3 +889,17 @@ def test_examples_in_docstrings_run(documented: Any, monkeypatch: pytest.MonkeyP
         runner.run(test, out=output.append)
     assert runner.tries > 0
     assert runner.failures == 0, "".join(output)
+
+
+def test_a_profile_shows_the_step_under_its_name() -> None:
+    """step() leaves torch's mark itself, and only where somebody looks."""
+    table = nn.Embedding(10, 2, sparse=True)
+    optimizer = SparseAdam(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#SparseAdam.step" in {event.key for event in profile.key_averages()}
+
+
+def test_step_shows_its_own_signature() -> None:
+    assert list(inspect.signature(SparseAdam.step).parameters) == ["self", "closure"]

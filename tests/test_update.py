@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -252,3 +257,45 @@ def test_non_finite_gradients_spread_to_their_own_rows_only(backend: str) -> Non
     grad = coo(np.array([0, 2]), np.array([[np.nan], [np.inf]]), (3, 1), torch.float32)
     table = run_steps(torch.ones(3, 1), [grad], backend)[0]
     assert table[0].isnan() and table[2].isnan() and table[1] == 1.0
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_steps_to_the_same_bits(restore_threads: None) -> None:
+    """GNU OpenMP waits for ever in a child of a process that has used it: the child must not ask for its threads."""
+    torch.set_num_threads(2)
+    table, grads = large_case(16, 20_000, torch.float32)
+    expected = run_steps(table, grads, "native")[0]
+    param = torch.nn.Parameter(table.clone())
+    optimizer = SparseAdam([param], lr=0.1, backend="native")
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            for grad in grads:
+                param.grad = grad
+                optimizer.step()
+            torch.set_num_threads(1)  # torch's own operations would wait for ever
+            os._exit(0 if torch.equal(param.detach(), expected) else 1)
+        os._exit(2)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@needs_native
+def test_optimizers_may_step_in_several_python_threads_at_once(restore_threads: None) -> None:
+    torch.set_num_threads(2)
+    cases = [large_case(width, 20_000, torch.float32) for width in (7, 8, 9, 16)]
+    expected = [run_steps(table, grads, "native")[0] for table, grads in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda case: run_steps(*case, "native")[0], cases))
+            assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))

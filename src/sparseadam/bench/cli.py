@@ -83,7 +83,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="measure this case only; may be repeated")
     parser.add_argument("--threads", type=_whole(1, 1024), help="threads of torch, which are ours (default: torch's)")
-    parser.add_argument("--rounds", type=_whole(1, 100_000), help="rounds a case (default: what ten seconds allow)")
+    parser.add_argument("--rounds", type=_whole(1, 100_000), help="rounds a case (default: what twenty seconds allow)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a case")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the same as CSV")
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help="draw a plot")

@@ -34,10 +34,13 @@ COMPARISONS = (TORCH_SPARSE, FUSED_STEP, FUSED_WITH_GRADIENT, FLOOR)
 _COPY_BUFFER_BYTES = 256 << 20
 _COPY_BYTES = 2 * _COPY_BUFFER_BYTES  # each byte is read and written
 
-_SECONDS_PER_CASE = 10.0
+_SECONDS_PER_CASE = 20.0
 _MIN_ROUNDS, _MAX_ROUNDS = 11, 301
-# A contender steps for at least this long in its turn: a single step of some microseconds would measure the clock.
+# A turn goes through all gradients, so that the caches are the contender's own, as they are in a loop of training, and
+# not what another one left; it lasts at least this long, or it would measure the clock.
 _SECONDS_PER_TURN = 1e-3
+# Steps that take longer bring more than caches hold, and have turns of their own.
+_LONG_STEP_SECONDS = 0.1
 # For Python, code that is loaded late, and scratch space of the contenders.
 _RESERVED_BYTES = 1 << 30
 
@@ -167,7 +170,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 class Rounds:
-    """Interleaved rounds of contenders, each in a turn of one step or, where steps are short, of several.
+    """Interleaved rounds of contenders, each in a turn of one step on every gradient; where steps are long, of one.
 
     Args:
         contenders: who takes part. They are warmed up here.
@@ -195,9 +198,9 @@ class Rounds:
 def _steps_per_turn(contender: Contender) -> int:
     seconds = [max(contender.step(number).values()) for number in range(contender.warm_up_steps)]
     expected = statistics.median(seconds[len(seconds) // 2 :])
-    if expected >= _SECONDS_PER_TURN:
+    if expected >= _LONG_STEP_SECONDS:
         return 1
-    return NUM_GRADIENTS * math.ceil(_SECONDS_PER_TURN / expected / NUM_GRADIENTS)  # all gradients equally often
+    return NUM_GRADIENTS * max(1, math.ceil(_SECONDS_PER_TURN / expected / NUM_GRADIENTS))
 
 
 def take_rounds(
@@ -209,7 +212,7 @@ def take_rounds(
 
     Args:
         contenders: who takes part in each round.
-        num_rounds: how many; None takes what some ten seconds allow, within limits.
+        num_rounds: how many; None takes what some twenty seconds allow, within limits.
         on_progress: told, after each round, which share of the work is done.
     """
     taken: list[Seconds] = []
@@ -282,7 +285,7 @@ def measure(
 
     Args:
         case: what to measure.
-        num_rounds: how many rounds; None takes what some ten seconds allow.
+        num_rounds: how many rounds; None takes what some twenty seconds allow.
         on_progress: told, after each round, which share of the rounds is done.
         with_dense: compare with a dense embedding, too.
 

@@ -1,0 +1,509 @@
+// The native step without Python: what the thread sanitizer and callgrind can look at.
+//
+//   step_test threads          the same bits for any number of threads and any instruction set; steps of several
+//                              threads at once; a bad index changes nothing; a team's phases follow one another
+//   step_test cases            the fixed calls whose instructions are counted, a line "CASE SET" each
+//   step_test call CASE SET    one of them; the part to count is the function `counted_call`
+//
+// All data comes from a generator with fixed seeds. A check that fails says what it found and aborts.
+#include "../step.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../element.h"
+// Included, not linked: after a step that was held up, as most are under a sanitizer, the team takes the next ones
+// alone. The tests reach in to forget that, or nearly all of them would run on one thread.
+#include "../thread_team.cpp"
+
+namespace sparseadam {
+
+namespace {
+
+#define CHECK(condition, ...)                        \
+  do {                                               \
+    if (!(condition)) fail(#condition, __VA_ARGS__); \
+  } while (false)
+
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const char* condition, const char* format, ...) {
+  std::fprintf(stderr, "step_test: not so: %s: ", condition);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', stderr);
+  std::abort();
+}
+
+// Steele, Lea & Flood's SplitMix64 (2014): the standard library's distributions differ from one library to the next.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+  }
+  double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
+
+ private:
+  uint64_t state_;
+};
+
+using Bytes = std::vector<unsigned char>;
+
+enum class Draw { kUniform, kZipf };
+
+struct TableSpec {
+  const char* name;
+  ElementType element;
+  std::vector<int64_t> sparse_shape;
+  int64_t width;
+  int64_t num_lookups;
+  Draw draw = Draw::kZipf;
+  bool wide_slots = false;
+};
+
+int64_t num_rows_of(const TableSpec& spec) {
+  int64_t num_rows = 1;
+  for (const int64_t size : spec.sparse_shape) num_rows *= size;
+  return num_rows;
+}
+
+size_t element_size(ElementType element) {
+  switch (element) {
+    case ElementType::kFloat64:
+      return 8;
+    case ElementType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+size_t moment_size(ElementType element) { return element == ElementType::kFloat64 ? 8 : 4; }
+
+template <class Element, class Moment>
+void fill_with(Bytes& to, Random& random) {
+  for (size_t at = 0; at < to.size(); at += sizeof(Element)) {
+    Element element;
+    narrow(static_cast<Moment>(2.0 * random.uniform() - 1.0), &element);
+    std::memcpy(&to[at], &element, sizeof element);
+  }
+}
+
+Bytes random_elements(ElementType element, int64_t count, Random& random) {
+  Bytes to(static_cast<size_t>(count) * element_size(element));
+  switch (element) {
+    case ElementType::kFloat64:
+      fill_with<double, double>(to, random);
+      break;
+    case ElementType::kFloat32:
+      fill_with<float, float>(to, random);
+      break;
+    case ElementType::kBFloat16:
+      fill_with<BFloat16, float>(to, random);
+      break;
+    case ElementType::kFloat16:
+#if defined(SPARSEADAM_HAS_FLOAT16)
+      fill_with<Float16, float>(to, random);
+#endif
+      break;
+  }
+  return to;
+}
+
+// A table with all that a step may write. A copy is a table of its own.
+struct TableData {
+  TableSpec spec;
+  Bytes table;
+  Bytes moments;  // [num_rows, 2, width]
+  Bytes slot_of_row;
+  std::vector<int64_t> rows;
+  int64_t num_slots = 0;
+
+  TableData(const TableSpec& of, uint64_t seed) : spec(of) {
+    Random random(seed);
+    const int64_t num_rows = num_rows_of(spec);
+    table = random_elements(spec.element, num_rows * spec.width, random);
+    moments.resize(static_cast<size_t>(num_rows * 2 * spec.width) * moment_size(spec.element));
+    slot_of_row.resize(static_cast<size_t>(num_rows) * (spec.wide_slots ? sizeof(int64_t) : sizeof(int32_t)));
+    rows.resize(static_cast<size_t>(num_rows), -1);
+  }
+
+  Table view() {
+    return {table.data(),      spec.width,
+            spec.element,      spec.sparse_shape,
+            num_rows_of(spec), spec.width,
+            moments.data(),    moments.data() + static_cast<size_t>(spec.width) * moment_size(spec.element),
+            2 * spec.width,    slot_of_row.data(),
+            spec.wide_slots,   rows.data()};
+  }
+};
+
+struct Gradient {
+  std::vector<int64_t> indices;  // [sparse_dim, num_lookups]
+  Bytes values;
+};
+
+// Lookups among the rows up to the `reach`-th part of the table. Zipf-like ones repeat much: some rows very often.
+Gradient make_gradient(const TableSpec& spec, uint64_t seed, double reach = 1.0) {
+  Random random(seed);
+  const int64_t num_rows = std::max<int64_t>(1, static_cast<int64_t>(reach * static_cast<double>(num_rows_of(spec))));
+  const auto sparse_dim = static_cast<int64_t>(spec.sparse_shape.size());
+  Gradient gradient;
+  gradient.indices.resize(static_cast<size_t>(sparse_dim * spec.num_lookups));
+  for (int64_t i = 0; i < spec.num_lookups; ++i) {
+    double u = random.uniform();
+    if (spec.draw == Draw::kZipf) u = u * u * u * u;
+    const auto rank = static_cast<uint64_t>(u * static_cast<double>(num_rows));
+    // Frequent rows lie all over the table, not at its head. (Several ranks may share a row.)
+    uint64_t row = rank * 0x9E3779B1u % static_cast<uint64_t>(num_rows);
+    for (int64_t dim = sparse_dim - 1; dim >= 0; --dim) {
+      const auto size = static_cast<uint64_t>(spec.sparse_shape[static_cast<size_t>(dim)]);
+      gradient.indices[static_cast<size_t>(dim * spec.num_lookups + i)] = static_cast<int64_t>(row % size);
+      row /= size;
+    }
+  }
+  gradient.values = random_elements(spec.element, spec.num_lookups * spec.width, random);
+  return gradient;
+}
+
+std::vector<TableData> make_tables(const std::vector<TableSpec>& specs, uint64_t seed) {
+  std::vector<TableData> tables;
+  for (const TableSpec& spec : specs) tables.emplace_back(spec, ++seed);
+  return tables;
+}
+
+std::vector<Gradient> make_gradients(const std::vector<TableSpec>& specs, uint64_t seed, double reach = 1.0) {
+  std::vector<Gradient> gradients;
+  for (const TableSpec& spec : specs) gradients.push_back(make_gradient(spec, 1000 + ++seed, reach));
+  return gradients;
+}
+
+// What a step takes, made ready beforehand so that a counted call holds the step and nothing else.
+struct PreparedStep {
+  std::vector<Table> views;
+  std::vector<TableStep> tables;
+};
+
+PreparedStep prepare(std::vector<TableData>& tables, const std::vector<Gradient>& gradients) {
+  PreparedStep prepared;
+  for (TableData& table : tables) prepared.views.push_back(table.view());
+  for (size_t t = 0; t < tables.size(); ++t) {
+    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8};
+    prepared.tables.push_back({&prepared.views[t], gradients[t].indices.data(), gradients[t].values.data(),
+                               tables[t].spec.num_lookups, tables[t].num_slots, scalars});
+  }
+  return prepared;
+}
+
+void keep_num_slots(const PreparedStep& prepared, std::vector<TableData>& tables) {
+  for (size_t t = 0; t < tables.size(); ++t) tables[t].num_slots = prepared.tables[t].num_slots;
+}
+
+BadLookup step_tables(std::vector<TableData>& tables, const std::vector<Gradient>& gradients, InstructionSet set,
+                      int num_threads) {
+  steps_alone.store(0);
+  PreparedStep prepared = prepare(tables, gradients);
+  const BadLookup bad = step(prepared.tables, set, num_threads);
+  keep_num_slots(prepared, tables);
+  return bad;
+}
+
+void check_same(const std::vector<TableData>& found, const std::vector<TableData>& expected, const char* where) {
+  for (size_t t = 0; t < expected.size(); ++t) {
+    const char* name = expected[t].spec.name;
+    CHECK(found[t].num_slots == expected[t].num_slots, "%s, %s", name, where);
+    CHECK(found[t].rows == expected[t].rows, "%s, %s", name, where);
+    CHECK(found[t].slot_of_row == expected[t].slot_of_row, "%s, %s", name, where);
+    CHECK(found[t].moments == expected[t].moments, "%s, %s", name, where);
+    CHECK(found[t].table == expected[t].table, "%s, %s", name, where);
+  }
+}
+
+const char* name_of(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kPortable:
+      return "portable";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kAvx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+// ---- threads ----------------------------------------------------------------------------------------------------
+
+constexpr int kNumSteps = 3;
+
+// Together enough bytes for seven threads, enough lookups for several chunks and partitions of each larger table.
+std::vector<TableSpec> mixed_tables() {
+  return {
+      {"float32", ElementType::kFloat32, {20000}, 64, 20000},
+      {"float64", ElementType::kFloat64, {30000}, 8, 18000},
+      {"bfloat16 of odd width", ElementType::kBFloat16, {9000}, 33, 12000},
+#if defined(SPARSEADAM_HAS_FLOAT16)
+      {"float16", ElementType::kFloat16, {3000}, 16, 9000},
+#endif
+      {"no lookups", ElementType::kFloat32, {50}, 16, 0},
+      {"element-wise", ElementType::kFloat32, {700, 40}, 1, 30000},
+      {"wide slots, two sparse dimensions", ElementType::kFloat32, {100, 50}, 4, 17000, Draw::kUniform, true},
+  };
+}
+
+// Each step reaches rows that the one before it could not: known rows and new ones in all of them.
+double reach_of(int number) { return (number + 1.0) / kNumSteps; }
+
+// The tables after each step; `check_step` is called with them and the step's number.
+template <class CheckStep>
+void run_steps(uint64_t seed, InstructionSet set, int num_threads, CheckStep check_step) {
+  const std::vector<TableSpec> specs = mixed_tables();
+  std::vector<TableData> tables = make_tables(specs, seed);
+  for (int number = 0; number < kNumSteps; ++number) {
+    const std::vector<Gradient> gradients =
+        make_gradients(specs, seed + 100 * static_cast<uint64_t>(number), reach_of(number));
+    const BadLookup bad = step_tables(tables, gradients, set, num_threads);
+    CHECK(bad.table == -1, "step %d found a bad index in table %d", number, static_cast<int>(bad.table));
+    check_step(tables, number);
+  }
+}
+
+void test_same_bits() {
+  std::vector<std::vector<TableData>> expected;
+  run_steps(1, InstructionSet::kPortable, 1, [&](const std::vector<TableData>& tables, int) {
+    for (const TableData& table : tables) {
+      const int64_t before =
+          expected.empty() ? 0 : expected.back()[static_cast<size_t>(&table - tables.data())].num_slots;
+      CHECK(table.num_slots > before || table.spec.num_lookups == 0, "%s: no new rows, so not all phases ran",
+            table.spec.name);
+    }
+    expected.push_back(tables);
+  });
+  const InstructionSet fastest = instruction_sets().back();
+  std::vector<std::pair<InstructionSet, int>> others;
+  for (const InstructionSet set : instruction_sets()) others.emplace_back(set, 1);
+  for (const int num_threads : {2, 3, 7}) others.emplace_back(fastest, num_threads);
+  for (const auto& other : others) {
+    run_steps(1, other.first, other.second, [&](const std::vector<TableData>& tables, int number) {
+      const std::string where = std::string(name_of(other.first)) + ", " + std::to_string(other.second) +
+                                " threads, step " + std::to_string(number);
+      check_same(tables, expected[static_cast<size_t>(number)], where.c_str());
+    });
+  }
+}
+
+// Steps that share nothing but the kernel's own memory, each with a team of its own.
+void test_steps_at_once() {
+  constexpr int kNumCallers = 3;
+  const InstructionSet fastest = instruction_sets().back();
+  std::vector<std::vector<TableData>> found(kNumCallers);
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < kNumCallers; ++caller) {
+    callers.emplace_back([&, caller] {
+      run_steps(10000 * static_cast<uint64_t>(caller), fastest, 2,
+                [&](const std::vector<TableData>& tables, int) { found[static_cast<size_t>(caller)] = tables; });
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (int caller = 0; caller < kNumCallers; ++caller) {
+    std::vector<TableData> expected;
+    run_steps(10000 * static_cast<uint64_t>(caller), fastest, 1,
+              [&](const std::vector<TableData>& tables, int) { expected = tables; });
+    check_same(found[static_cast<size_t>(caller)], expected, "one of several steps at once");
+  }
+}
+
+// The first bad index of the last table is reported, though a later chunk has one too, and nothing has changed.
+void test_bad_index_changes_nothing() {
+  const InstructionSet fastest = instruction_sets().back();
+  const std::vector<TableSpec> specs = mixed_tables();
+  std::vector<TableData> tables = make_tables(specs, 5);
+  std::vector<Gradient> gradients = make_gradients(specs, 5, 0.5);
+  CHECK(step_tables(tables, gradients, fastest, 1).table == -1, "first step");
+  const std::vector<TableData> before = tables;
+
+  gradients = make_gradients(specs, 6);
+  const int64_t last = static_cast<int64_t>(specs.size()) - 1;
+  const int64_t num_lookups = specs.back().num_lookups;
+  const int64_t size = specs.back().sparse_shape[1];
+  for (const int64_t bad_index : {int64_t{-1}, size, INT64_MIN, INT64_MAX}) {
+    std::vector<Gradient> bad_gradients = gradients;
+    bad_gradients.back().indices[static_cast<size_t>(num_lookups + num_lookups / 2)] = bad_index;
+    bad_gradients.back().indices[static_cast<size_t>(num_lookups - 1)] = -7;
+    for (const int num_threads : {1, 2, 7}) {
+      const BadLookup bad = step_tables(tables, bad_gradients, fastest, num_threads);
+      CHECK(bad.table == last && bad.at.lookup == num_lookups / 2 && bad.at.dim == 1 && bad.at.index == bad_index,
+            "found table %d, lookup %d, dim %d", static_cast<int>(bad.table), static_cast<int>(bad.at.lookup),
+            static_cast<int>(bad.at.dim));
+      check_same(tables, before, "after a bad index");
+    }
+  }
+
+  std::vector<TableData> expected = before;
+  CHECK(step_tables(expected, gradients, fastest, 1).table == -1, "step of one thread");
+  CHECK(step_tables(tables, gradients, fastest, 7).table == -1, "step after a bad index");
+  check_same(tables, expected, "the step after a bad index");
+}
+
+// Phases in which every member of the team takes part, for certain: in each a task waits for all others to have begun.
+// The plain variables are what the sanitizer watches: written by tasks, read after the phase and by the next one's.
+void test_team_phases() {
+  constexpr int kNumThreads = 3;
+  constexpr int kNumPhases = 50;
+  steps_alone.store(0);
+  int written[kNumPhases][kNumThreads] = {};
+  auto run = [&](Team& team) {
+    for (int phase = 0; phase < kNumPhases; ++phase) {
+      std::atomic<int> num_begun{0};
+      int ran_on[kNumThreads] = {};
+      auto task = [&](int64_t index, int thread) {
+        const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+        num_begun.fetch_add(1, std::memory_order_relaxed);  // relaxed: it must order nothing that the team should
+        while (num_begun.load(std::memory_order_relaxed) < kNumThreads) {
+          CHECK(std::chrono::steady_clock::now() < deadline, "phase %d: a helper has not come in a minute", phase);
+          std::this_thread::yield();
+        }
+        const int next = (static_cast<int>(index) + 1) % kNumThreads;
+        written[phase][index] = 1 + (phase == 0 ? 0 : written[phase - 1][next]);
+        ran_on[thread] += 1;
+      };
+      team.for_each(kNumThreads, task);
+      for (int thread = 0; thread < kNumThreads; ++thread) {
+        CHECK(ran_on[thread] == 1, "phase %d: thread %d ran %d tasks", phase, thread, ran_on[thread]);
+        CHECK(written[phase][thread] == phase + 1, "phase %d: task %d", phase, thread);
+      }
+    }
+  };
+  with_team(kNumThreads, run);
+}
+
+// More tasks than threads, short ones, and phases of none: each task once, whoever takes it.
+void test_team_takes_each_task_once() {
+  constexpr int kNumPhases = 300;
+  steps_alone.store(0);
+  auto run = [&](Team& team) {
+    std::vector<int> counts;
+    for (int phase = 0; phase < kNumPhases; ++phase) {
+      counts.assign(static_cast<size_t>(phase % 40), 0);
+      auto task = [&](int64_t index, int) { counts[static_cast<size_t>(index)] += 1; };
+      team.for_each(static_cast<int64_t>(counts.size()), task);
+      for (const int count : counts) CHECK(count == 1, "phase %d: a task ran %d times", phase, count);
+    }
+  };
+  with_team(4, run);
+}
+
+void test_threads() {
+  test_team_phases();
+  test_team_takes_each_task_once();
+  test_same_bits();
+  test_steps_at_once();
+  test_bad_index_changes_nothing();
+  std::printf("step_test threads: all checks hold\n");
+}
+
+// ---- call -------------------------------------------------------------------------------------------------------
+
+struct Case {
+  const char* name;
+  std::vector<TableSpec> tables;
+  bool are_rows_new = false;
+  bool is_index_bad = false;
+};
+
+std::vector<Case> cases() {
+  constexpr auto kFloat32 = ElementType::kFloat32;
+  const TableSpec zipf{"zipf", kFloat32, {20000}, 64, 16384};
+  const TableSpec uniform{"uniform", kFloat32, {20000}, 64, 16384, Draw::kUniform};
+  return {
+      {"zipf-64", {zipf}},
+      {"uniform-64", {uniform}},
+      {"new-rows-64", {uniform}, true},
+      {"bfloat16-64", {{"bfloat16", ElementType::kBFloat16, {20000}, 64, 16384}}},
+      {"small-tables-16", std::vector<TableSpec>(26, {"small", kFloat32, {1000}, 16, 256})},
+      {"element-wise", {{"element-wise", kFloat32, {500, 80}, 1, 32768}}},
+      {"bad-index", {zipf}, false, true},
+  };
+}
+
+// AVX-512 is left out: valgrind does not know it.
+std::vector<InstructionSet> counted_sets() {
+  std::vector<InstructionSet> sets = instruction_sets();
+  sets.erase(std::remove(sets.begin(), sets.end(), InstructionSet::kAvx512), sets.end());
+  return sets;
+}
+
+void list_cases() {
+  for (const Case& listed : cases()) {
+    for (const InstructionSet set : counted_sets()) std::printf("%s %s\n", listed.name, name_of(set));
+  }
+}
+
+}  // namespace
+
+// Counting is switched on where this function is entered and off where it is left (callgrind's --toggle-collect), so
+// it has a plain name and is never inlined.
+extern "C" __attribute__((noinline)) void counted_call(std::vector<TableStep>* tables, InstructionSet set,
+                                                       BadLookup* bad) {
+  *bad = step(*tables, set, 1);
+}
+
+namespace {
+
+void call(const Case& called, InstructionSet set) {
+  std::vector<TableData> tables = make_tables(called.tables, 7);
+  std::vector<Gradient> gradients = make_gradients(called.tables, 7);
+  // A step beforehand reserves the kernel's memory and gives the rows their slots; where rows are to be new, a copy's.
+  std::vector<TableData> untouched = tables;
+  CHECK(step_tables(tables, gradients, set, 1).table == -1, "first step");
+  if (called.are_rows_new) tables = untouched;
+  if (called.is_index_bad) gradients.back().indices.back() = -1;
+
+  PreparedStep prepared = prepare(tables, gradients);
+  BadLookup bad;
+  counted_call(&prepared.tables, set, &bad);
+  CHECK((bad.table >= 0) == called.is_index_bad, "table %d", static_cast<int>(bad.table));
+}
+
+int call_named(const std::string& name, const std::string& set_name) {
+  for (const Case& called : cases()) {
+    for (const InstructionSet set : counted_sets()) {
+      if (name != called.name || set_name != name_of(set)) continue;
+      call(called, set);
+      return 0;
+    }
+  }
+  std::fprintf(stderr, "step_test: no case '%s %s' on this processor; `step_test cases` lists them\n", name.c_str(),
+               set_name.c_str());
+  return 2;
+}
+
+}  // namespace
+
+}  // namespace sparseadam
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 1 && arguments[0] == "threads") {
+    sparseadam::test_threads();
+    return 0;
+  }
+  if (arguments.size() == 1 && arguments[0] == "cases") {
+    sparseadam::list_cases();
+    return 0;
+  }
+  if (arguments.size() == 3 && arguments[0] == "call") return sparseadam::call_named(arguments[1], arguments[2]);
+  std::fprintf(stderr, "usage: step_test threads | cases | call CASE SET\n");
+  return 2;
+}
