@@ -30,6 +30,7 @@ constexpr int kLooksBeforeYield = 500;
 // process runs: milliseconds, a whole step. The next steps are then taken alone, and ever fewer try again until one
 // goes through undisturbed.
 constexpr double kHeldUpSeconds = 300e-6;
+constexpr double kHeldUpShare = 0.15;  // of a long step: less is what any system takes now and then
 constexpr int kMinBackoff = 4;
 constexpr int kMaxBackoff = 64;
 std::atomic<int> steps_alone{0};
@@ -58,15 +59,20 @@ void watch_for_forks() {
 #endif
 }
 
-// A clock that stands while this thread runs, where the system has one.
-double seconds_off_core() {
+// The time, and the part of it that this thread has run, where the system tells.
+struct Clocks {
+  double wall, running;
+};
+
+Clocks clocks() {
 #if defined(CLOCK_THREAD_CPUTIME_ID)
   timespec wall, running;
   clock_gettime(CLOCK_MONOTONIC, &wall);
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &running);
-  return static_cast<double>(wall.tv_sec - running.tv_sec) + 1e-9 * static_cast<double>(wall.tv_nsec - running.tv_nsec);
+  return {static_cast<double>(wall.tv_sec) + 1e-9 * static_cast<double>(wall.tv_nsec),
+          static_cast<double>(running.tv_sec) + 1e-9 * static_cast<double>(running.tv_nsec)};
 #else
-  return 0.0;
+  return {0.0, 0.0};
 #endif
 }
 
@@ -164,7 +170,7 @@ void Team::wait_until_done(int64_t num_tasks) const {
 }
 
 void Team::help(int thread) {
-  const double began = seconds_off_core();
+  const Clocks began = clocks();
   uint64_t seen = 0;
   for (int look = 0; seen != kDismissed; ++look) {
     const uint64_t number = ticket_.load(std::memory_order_acquire) >> kTaskBits;
@@ -178,7 +184,10 @@ void Team::help(int thread) {
       std::this_thread::yield();
     }
   }
-  if (seconds_off_core() - began > kHeldUpSeconds) helper_lost_core_.store(true);
+  const Clocks ended = clocks();
+  const double took = ended.wall - began.wall;
+  const double off_core = took - (ended.running - began.running);
+  if (off_core > std::max(kHeldUpSeconds, kHeldUpShare * took)) helper_lost_core_.store(true);
 }
 
 void Team::dismiss() { ticket_.store((kDismissed << kTaskBits) | kTaskMask, std::memory_order_release); }
