@@ -1,7 +1,6 @@
 """Write ``docs/benchmarks.md`` and its plots: measure everything, or take what a previous run left in ``results``.
 
-The prose is in ``benchmarks.md.in``; each ``{placeholder}`` there is filled with a table or a fact. What is said of the
-profile of a step is in ``profile.md``.
+The prose is in ``benchmarks.md.in``; each ``{placeholder}`` there is filled with a table or a fact.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import contention
 import memory
 import overhead
 import scaling
+import step_profile
 import threads
 from common import RESULTS, Script
 
@@ -24,9 +24,10 @@ from sparseadam.bench.report import Column, Record, markdown_table, read_json_li
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-SCRIPTS: tuple[Script, ...] = tuple(module.SCRIPT for module in (scaling, overhead, threads, contention, memory))
+SCRIPTS: tuple[Script, ...] = tuple(
+    module.SCRIPT for module in (scaling, overhead, threads, contention, memory, step_profile)
+)
 STEP = "step"
-NO_PROFILE = "No profile has been written down for this version."
 
 
 def main() -> int:
@@ -72,7 +73,6 @@ def write_page() -> None:
 
 def placeholders(steps: list[Record]) -> dict[str, str]:
     """Return what goes into the template, by name."""
-    profile = HERE / "profile.md"
     bandwidths = [record["copy_bytes_per_second"]["median"] / 1e9 for record in steps]
     filled = {
         "machine": machine_table(steps[0]),
@@ -80,7 +80,6 @@ def placeholders(steps: list[Record]) -> dict[str, str]:
         "notes": "\n".join(f"- {note}" for note in report.notes(steps)),
         "bandwidth": f"{min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s",
         "missed": missed(steps),
-        "profile": profile.read_text(encoding="utf-8").strip() if profile.exists() else NO_PROFILE,
     }
     for script in SCRIPTS:
         filled[script.name] = section(script.columns, read_json_lines(results_file(script.name)))
