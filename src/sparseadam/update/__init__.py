@@ -97,7 +97,8 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
     reference.check_rows(reference_updates)
     if native_updates:
         native.update_rows(native_updates)
-    reference.update_rows(reference_updates)
+    if reference_updates:
+        reference.update_rows(reference_updates)
 
 
 def _uses_native(update: RowUpdate, backend: str | None) -> bool:
