@@ -1,8 +1,10 @@
-// Threads for the phases of one step, of which none is waited for because it has nothing to do.
+// Threads for the phases of one step, of which none is waited for because it has nothing to do, but at the step's end.
 //
 // The calling thread does the work itself, phase by phase, and the others help when they get to run: a phase ends when
 // its tasks are done, whoever did them. The helpers are the OpenMP threads that torch keeps: after torch's own work
-// they spin for milliseconds waiting for more, and threads of our own would have to share the cores with them.
+// they spin for milliseconds waiting for more, and threads of our own would have to share the cores with them. OpenMP
+// waits for all of them when the step is over; where that took long, or one lost its core, the next steps are taken
+// alone.
 #pragma once
 
 #include <atomic>

@@ -120,7 +120,10 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
     for update, count in zip(updates, num_slots, strict=True):
         update.moments.num_slots = count
     # Written past autograd: tell it, so that a stale graph is caught in backward() as after any in-place operation.
-    torch.autograd.graph.increment_version([update.table for update in updates if update.num_lookups > 0])
+    # One by one, which every version of torch takes.
+    for update in updates:
+        if update.num_lookups > 0:
+            torch.autograd.graph.increment_version(update.table)
 
 
 def _module() -> ModuleType:
