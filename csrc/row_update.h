@@ -21,6 +21,18 @@
 namespace sparseadam {
 
 enum class ElementType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// Bytes of an element.
+inline int64_t element_bytes(ElementType element) {
+  switch (element) {
+    case ElementType::kFloat64:
+      return 8;
+    case ElementType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
 struct StepScalars {

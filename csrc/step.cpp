@@ -170,17 +170,6 @@ void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partiti
   update_rows(memory_of(step), run, step.scalars, thread.sum.data());
 }
 
-int64_t element_bytes(ElementType element) {
-  switch (element) {
-    case ElementType::kFloat64:
-      return 8;
-    case ElementType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 // Whether the address ranges of two tables overlap. Views of one tensor may; updated at the same time, their result
 // would depend on the threads. (Columns of one tensor overlap in range only; they lose nothing but speed.)
 bool tables_overlap(const std::vector<TableStep>& tables) {

@@ -79,17 +79,6 @@ int64_t num_rows_of(const TableSpec& spec) {
   return num_rows;
 }
 
-size_t element_size(ElementType element) {
-  switch (element) {
-    case ElementType::kFloat64:
-      return 8;
-    case ElementType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 size_t moment_size(ElementType element) { return element == ElementType::kFloat64 ? 8 : 4; }
 
 template <class Element, class Moment>
@@ -102,7 +91,7 @@ void fill_with(Bytes& to, Random& random) {
 }
 
 Bytes random_elements(ElementType element, int64_t count, Random& random) {
-  Bytes to(static_cast<size_t>(count) * element_size(element));
+  Bytes to(static_cast<size_t>(count) * static_cast<size_t>(element_bytes(element)));
   switch (element) {
     case ElementType::kFloat64:
       fill_with<double, double>(to, random);
