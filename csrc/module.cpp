@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "steady_step.h"
 #include "step.h"
 
 namespace nb = nanobind;
@@ -112,6 +113,12 @@ std::pair<std::vector<int64_t>, std::optional<BadTuple>> run_step(const std::vec
   return {std::move(num_slots), bad_tuple};
 }
 
+std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
+  const ReadTensor reader = find_reader(tensor_type);
+  if (reader == nullptr) return std::nullopt;
+  return SteadyStep(reader);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -127,4 +134,30 @@ NB_MODULE(_native, m) {
   m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
         "Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as\n"
         "(table, lookup, dimension, index).");
+  nb::class_<SteadyStep>(m, "SteadyStep", "A step whose tables all look as they did when they were listed here.")
+      .def("add_group", &SteadyStep::add_group)
+      .def(
+          "add_table",
+          [](SteadyStep& self, nb::object parameter, nb::object moments, nb::object native_table, uintptr_t counters) {
+            self.add_table(std::move(parameter), std::move(moments), std::move(native_table),
+                           at_address<int64_t>(counters));
+          },
+          nb::kw_only(), nb::arg("parameter"), nb::arg("moments"), nb::arg("native_table"), nb::arg("counters"))
+      .def("add_idle", &SteadyStep::add_idle, nb::arg("parameter"))
+      .def(
+          "run",
+          [](const SteadyStep& self, nb::dict state, nb::list groups, nb::list scalars_at,
+             const std::string& instruction_set, int num_threads) {
+            return self.run(std::move(state), std::move(groups), std::move(scalars_at),
+                            by_name(kInstructionSets, instruction_set), num_threads);
+          },
+          nb::arg("state"), nb::arg("groups"), nb::arg("scalars_at"), nb::arg("instruction_set"),
+          nb::arg("num_threads"),
+          nb::sig("def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], "
+                  "instruction_set: "
+                  "str, num_threads: int) -> list[object] | None"),
+          "Step all tables that have a gradient: the parameters that were written, or None and nothing written where\n"
+          "something is not as it was.");
+  m.def("steady_step", &make_steady_step, nb::arg("tensor_type"),
+        "An empty SteadyStep, or None where the tensors of this type cannot be read through DLPack's C interface.");
 }

@@ -69,7 +69,7 @@ bool Partitioning::fits(int64_t num_rows, int64_t num_lookups) {
   return bit_width(last_row) + bit_width(last_position) <= 64 && last_position < std::numeric_limits<uint32_t>::max();
 }
 
-void Partitioning::plan(const Lookups& lookups, int64_t num_rows) {
+void Partitioning::plan(const Lookups& lookups, int64_t num_rows, Arena& arena) {
   lookups_ = lookups;
   num_rows_ = num_rows;
   const int64_t num_lookups = lookups.num_lookups;
@@ -85,13 +85,10 @@ void Partitioning::plan(const Lookups& lookups, int64_t num_rows) {
   chunk_size_ = std::max(kMinChunkSize, 8 * num_partitions_);
   num_chunks_ = (num_lookups + chunk_size_ - 1) / chunk_size_;
 
-  const auto grow = [](auto& buffer, int64_t size) {
-    if (buffer.size() < static_cast<size_t>(size)) buffer.resize(static_cast<size_t>(size));
-  };
-  grow(scattered_, num_lookups);
-  grow(sorted_, num_lookups);
-  grow(segment_begins_, num_chunks_ * (num_partitions_ + 1));
-  grow(partition_begins_, num_partitions_ + 1);
+  scattered_ = arena.take<Entry>(num_lookups);
+  sorted_ = arena.take<Entry>(num_lookups);
+  segment_begins_ = arena.take<uint32_t>(num_chunks_ * (num_partitions_ + 1));
+  partition_begins_ = arena.take<int64_t>(num_partitions_ + 1);
 }
 
 BadIndex Partitioning::find_bad_index(int64_t begin, int64_t end) const {
@@ -119,12 +116,12 @@ BadIndex Partitioning::partition_chunk(int64_t chunk) {
 
 template <class RowAt>
 void Partitioning::scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowAt row_at) {
-  uint32_t* segments = segment_begins_.data() + chunk * (num_partitions_ + 1);
+  uint32_t* segments = segment_begins_ + chunk * (num_partitions_ + 1);
   std::fill(segments, segments + num_partitions_ + 1, 0);
   for (int64_t i = begin; i < end; ++i) ++segments[(row_at(i) >> range_bits_) + 1];
   for (int64_t p = 1; p <= num_partitions_; ++p) segments[p] += segments[p - 1];
 
-  Entry* scattered = scattered_.data() + begin;
+  Entry* scattered = scattered_ + begin;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = row_at(i);
     const Entry entry = (static_cast<Entry>(row) << position_bits_) | static_cast<Entry>(i);
@@ -136,9 +133,9 @@ void Partitioning::scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowA
 }
 
 void Partitioning::finish_partitioning() {
-  std::fill(partition_begins_.begin(), partition_begins_.begin() + num_partitions_ + 1, 0);
+  std::fill(partition_begins_, partition_begins_ + num_partitions_ + 1, 0);
   for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
-    const uint32_t* segments = segment_begins_.data() + chunk * (num_partitions_ + 1);
+    const uint32_t* segments = segment_begins_ + chunk * (num_partitions_ + 1);
     for (int64_t p = 0; p < num_partitions_; ++p) partition_begins_[p + 1] += segments[p + 1] - segments[p];
   }
   largest_partition_ = 0;
@@ -150,7 +147,7 @@ void Partitioning::finish_partitioning() {
 
 void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
   const int64_t count = partition_end(partition) - partition_begin(partition);
-  Entry* sorted = sorted_.data() + partition_begin(partition);
+  Entry* sorted = sorted_ + partition_begin(partition);
   const bool use_radix = count >= kRadixSortMin && range_bits_ > 0;
   const int num_passes = use_radix ? (range_bits_ + kMaxDigitBits - 1) / kMaxDigitBits : 0;
 
@@ -159,8 +156,8 @@ void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
   Entry* to = num_passes % 2 == 0 ? scratch : sorted;
   Entry* cursor = from;
   for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
-    const uint32_t* segments = segment_begins_.data() + chunk * (num_partitions_ + 1);
-    const Entry* chunk_entries = scattered_.data() + chunk * chunk_size_;
+    const uint32_t* segments = segment_begins_ + chunk * (num_partitions_ + 1);
+    const Entry* chunk_entries = scattered_ + chunk * chunk_size_;
     cursor = std::copy(chunk_entries + segments[partition], chunk_entries + segments[partition + 1], cursor);
   }
   if (!use_radix) {

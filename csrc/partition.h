@@ -15,7 +15,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+
+#include "arena.h"
 
 namespace sparseadam {
 
@@ -41,8 +42,8 @@ class Partitioning {
   // Whether rows and positions of this size fit into an Entry together.
   static bool fits(int64_t num_rows, int64_t num_lookups);
 
-  // Plans chunks and row ranges and reserves memory for them; keeps what earlier steps reserved.
-  void plan(const Lookups& lookups, int64_t num_rows);
+  // Plans chunks and row ranges and takes memory for them, which must last until the step is over.
+  void plan(const Lookups& lookups, int64_t num_rows, Arena& arena);
 
   int64_t num_chunks() const { return num_chunks_; }
   int64_t num_partitions() const { return num_partitions_; }
@@ -59,7 +60,7 @@ class Partitioning {
 
   int64_t partition_begin(int64_t partition) const { return partition_begins_[partition]; }
   int64_t partition_end(int64_t partition) const { return partition_begins_[partition + 1]; }
-  const Entry* sorted() const { return sorted_.data(); }
+  const Entry* sorted() const { return sorted_; }
   int64_t row_of(Entry entry) const { return static_cast<int64_t>(entry >> position_bits_); }
   int64_t position_of(Entry entry) const { return static_cast<int64_t>(entry & position_mask_); }
 
@@ -77,10 +78,10 @@ class Partitioning {
   int position_bits_ = 0;
   int range_bits_ = 0;  // a partition covers 2**range_bits_ consecutive rows
   Entry position_mask_ = 0;
-  std::vector<Entry> scattered_;           // [num_lookups], by chunk, then by partition
-  std::vector<Entry> sorted_;              // [num_lookups], by row, then by position
-  std::vector<uint32_t> segment_begins_;   // [num_chunks, num_partitions + 1], into scattered_, relative to the chunk
-  std::vector<int64_t> partition_begins_;  // [num_partitions + 1], into sorted_
+  Entry* scattered_ = nullptr;           // [num_lookups], by chunk, then by partition
+  Entry* sorted_ = nullptr;              // [num_lookups], by row, then by position
+  uint32_t* segment_begins_ = nullptr;   // [num_chunks, num_partitions + 1], into scattered_, relative to the chunk
+  int64_t* partition_begins_ = nullptr;  // [num_partitions + 1], into sorted_
 };
 
 }  // namespace sparseadam

@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 
+#include "arena.h"
 #include "partition.h"
 #include "thread_team.h"
 
@@ -26,9 +27,9 @@ struct ThreadScratch {
 // once a partition is walked, its part of both holds the new rows that wait for their slots.
 struct TableScratch {
   Partitioning lookups;
-  std::vector<uint32_t> begins;
-  std::vector<uint32_t> ends;
-  std::vector<int64_t> num_new_rows;  // per partition; then the first slot of its new rows
+  uint32_t* begins;
+  uint32_t* ends;
+  int64_t* num_new_rows;  // per partition; then the first slot of its new rows
 };
 
 struct Task {
@@ -38,6 +39,7 @@ struct Task {
 
 // Memory of a step, kept from step to step so that a step in steady state allocates nothing.
 struct Workspace {
+  Arena arena;
   std::vector<TableScratch> tables;
   std::vector<ThreadScratch> threads;
   std::vector<Task> chunks;
@@ -137,8 +139,8 @@ int64_t find_rows(const Table& table, const TableScratch& scratch, int64_t parti
 void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, UpdateRows update_rows,
                     ThreadScratch& thread) {
   scratch.lookups.sort_partition(partition, thread.entries.data());
-  uint32_t* begins = scratch.begins.data() + scratch.lookups.partition_begin(partition);
-  uint32_t* ends = scratch.ends.data() + scratch.lookups.partition_begin(partition);
+  uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
+  uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
   const int64_t num_rows = find_rows(*step.table, scratch, partition, begins, ends, thread.slots.data());
   const RowRun run{&scratch.lookups, begins, ends, thread.slots.data(), num_rows};
   update_rows(memory_of(step), run, step.scalars, thread.sum.data());
@@ -150,7 +152,7 @@ void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partit
     ends[num_new_rows] = ends[r];
     ++num_new_rows;
   }
-  scratch.num_new_rows[static_cast<size_t>(partition)] = num_new_rows;
+  scratch.num_new_rows[partition] = num_new_rows;
 }
 
 // Gives slots to a partition's new rows, in row order from `first_slot`, and updates them.
@@ -158,8 +160,8 @@ void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partiti
                    int64_t num_new_rows, UpdateRows update_rows, ThreadScratch& thread) {
   const Table& table = *step.table;
   const Partitioning& lookups = scratch.lookups;
-  const uint32_t* begins = scratch.begins.data() + lookups.partition_begin(partition);
-  const uint32_t* ends = scratch.ends.data() + lookups.partition_begin(partition);
+  const uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
+  const uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
   for (int64_t r = 0; r < num_new_rows; ++r) {
     const int64_t row = lookups.row_of(lookups.sorted()[begins[r]]);
     thread.slots[static_cast<size_t>(r)] = first_slot + r;
@@ -200,6 +202,7 @@ int choose_num_threads(const std::vector<TableStep>& tables, int num_threads) {
 
 // Plans all tables and lists their chunks and partitions. All memory of the step's first half is reserved here.
 void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& workspace) {
+  workspace.arena.reset();
   workspace.chunks.clear();
   workspace.partitions.clear();
   grow(workspace.tables, static_cast<int64_t>(tables.size()));
@@ -211,10 +214,10 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
     TableScratch& scratch = workspace.tables[t];
     scratch.lookups.plan(
         {step.indices, table.sparse_shape.data(), static_cast<int64_t>(table.sparse_shape.size()), step.num_lookups},
-        table.num_rows);
-    grow(scratch.begins, step.num_lookups);
-    grow(scratch.ends, step.num_lookups);
-    grow(scratch.num_new_rows, scratch.lookups.num_partitions());
+        table.num_rows, workspace.arena);
+    scratch.begins = workspace.arena.take<uint32_t>(step.num_lookups);
+    scratch.ends = workspace.arena.take<uint32_t>(step.num_lookups);
+    scratch.num_new_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
     const auto table_index = static_cast<int64_t>(t);
     for (int64_t c = 0; c < scratch.lookups.num_chunks(); ++c) workspace.chunks.push_back({table_index, c});
     for (int64_t p = 0; p < scratch.lookups.num_partitions(); ++p) workspace.partitions.push_back({table_index, p});
@@ -260,7 +263,7 @@ int64_t assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace,
   for (size_t i = 0; i < workspace.partitions.size(); ++i) {
     const Task& task = workspace.partitions[i];
     TableStep& step = tables[static_cast<size_t>(task.table)];
-    int64_t& new_rows = workspace.tables[static_cast<size_t>(task.table)].num_new_rows[static_cast<size_t>(task.part)];
+    int64_t& new_rows = workspace.tables[static_cast<size_t>(task.table)].num_new_rows[task.part];
     counts[i] = new_rows;
     total += new_rows;
     new_rows = step.num_slots;
@@ -294,8 +297,8 @@ BadLookup step_with(Team& team, std::vector<TableStep>& tables, InstructionSet i
     const Task& task = workspace.partitions[i];
     const auto t = static_cast<size_t>(task.table);
     TableScratch& scratch = workspace.tables[t];
-    walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[static_cast<size_t>(task.part)], num_new_rows[i],
-                  update_rows[t], workspace.threads[static_cast<size_t>(thread)]);
+    walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[task.part], num_new_rows[i], update_rows[t],
+                  workspace.threads[static_cast<size_t>(thread)]);
   };
   team.for_each(num_partitions, walk_new);
   return {};

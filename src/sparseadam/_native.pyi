@@ -24,3 +24,23 @@ def step(tables: Sequence[tuple[Table, int, int, int, int, Sequence[float]]], in
     Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as
     (table, lookup, dimension, index).
     """
+
+class SteadyStep:
+    """A step whose tables all look as they did when they were listed here."""
+
+    def add_group(self) -> None: ...
+
+    def add_table(self, *, parameter: object, moments: object, native_table: object, counters: int) -> None: ...
+
+    def add_idle(self, parameter: object) -> None: ...
+
+    def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], instruction_set: str, num_threads: int) -> list[object] | None:
+        """
+        Step all tables that have a gradient: the parameters that were written, or None and nothing written where
+        something is not as it was.
+        """
+
+def steady_step(tensor_type: object) -> SteadyStep | None:
+    """
+    An empty SteadyStep, or None where the tensors of this type cannot be read through DLPack's C interface.
+    """

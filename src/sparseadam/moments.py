@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -39,18 +40,16 @@ class Moments(MutableMapping[str, Any]):
     """
 
     __slots__ = (
-        "_last_seen",
+        "_counters",
         "_memory",
         "device",
         "dtype",
         "native_table",
         "num_rows",
-        "num_slots",
         "row_shape",
         "shape",
         "slot_of_row",
         "sparse_dim",
-        "step",
         "width",
     )
 
@@ -63,28 +62,36 @@ class Moments(MutableMapping[str, Any]):
         self.row_shape = shape[sparse_dim:]
         self.num_rows = math.prod(shape[:sparse_dim])
         self.width = math.prod(self.row_shape)
-        self.step = 0
-        self.num_slots = 0
+        self._counters = array("q", (0, 0))  # step and num_slots, where the native backend can move them on
         self._memory = moment_memory(self.num_rows, self.row_shape, dtype, device)
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
-        # The table and its gradient as they were last found to fit, and what the native backend made of the table.
-        self._last_seen: tuple[object, ...] = ()
+        # What the native backend made of the table and these moments in its last general step.
         self.native_table: object | None = None
 
-    def has_seen(self, table: Tensor, grad: Tensor) -> bool:
-        """Whether both are what the last ``see()`` saw: then all that it was preceded by need not be checked again.
+    @property
+    def step(self) -> int:
+        """Steps of the table so far."""
+        return self._counters[0]
 
-        Whatever is assigned to a table later, and wherever it lies then, shows in these; of the gradient only its
-        entries may be others.
-        """
-        return self._last_seen == _looks(table, grad)
+    @step.setter
+    def step(self, step: int) -> None:
+        self._counters[0] = step
 
-    def see(self, table: Tensor, grad: Tensor) -> None:
-        """Take a table and its gradient as fitting, and drop what was made of the last ones."""
-        self._last_seen = _looks(table, grad)
-        self.native_table = None
+    @property
+    def num_slots(self) -> int:
+        """Slots in use."""
+        return self._counters[1]
+
+    @num_slots.setter
+    def num_slots(self, num_slots: int) -> None:
+        self._counters[1] = num_slots
+
+    @property
+    def counters_address(self) -> int:
+        """Where ``step`` and ``num_slots`` stand, as two int64 in a row, for as long as these moments live."""
+        return self._counters.buffer_info()[0]
 
     @property
     def rows(self) -> Tensor:
@@ -247,20 +254,6 @@ class Moments(MutableMapping[str, Any]):
             self.exp_avg_sq.contiguous(),
         )
         return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, parts)
-
-
-def _looks(table: Tensor, grad: Tensor) -> tuple[object, ...]:
-    return (
-        table.data_ptr(),
-        table.device,
-        table.dtype,
-        table.stride(),
-        table.shape,
-        grad.layout,
-        grad.device,
-        grad.dtype,
-        grad.shape,
-    )
 
 
 def _rebuild(

@@ -14,10 +14,10 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _validate, checkpoint, update
-from ._validate import Place
+from ._validate import GroupOptions, Place
 from .gradient import check_gradient, check_values
 from .moments import Moments, moment_dtype
-from .update import RowUpdate, StepScalars, step_scalars
+from .update import RowUpdate, SteadyStep, step_scalars
 
 
 def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +103,9 @@ class SparseAdam(torch.optim.Optimizer):
         https://arxiv.org/abs/1412.6980
     """
 
+    # What the last general step listed for steady ones. Of the class, so that a copy or a pickle starts without.
+    _steady_step: SteadyStep | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -179,48 +182,52 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = self._gather_updates()
+        options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
+        if not self._step_steadily(options):
+            self._step_generally(options)
+        return loss
+
+    def _step_steadily(self, options: list[GroupOptions]) -> bool:
+        """Step without looking at each table in Python, if all look as after the last general step."""
+        if self._steady_step is None:
+            return False
+        parameters = [group["params"] for group in self.param_groups]
+        scalars_at = [functools.partial(step_scalars, group_options) for group_options in options]
+        return self._steady_step.run(self.state, parameters, scalars_at)
+
+    def _step_generally(self, options: list[GroupOptions]) -> None:
+        updates = self._gather_updates(options)
         if updates:
             update.update_rows(updates, self._backend)
         for done in updates:
             done.moments.step += 1
             self.state[done.table] = done.moments
-        return loss
+        self._steady_step = update.list_tables(
+            [group["params"] for group in self.param_groups], self.state, self._backend
+        )
 
-    def _gather_updates(self) -> list[RowUpdate]:
+    def _gather_updates(self, options: list[GroupOptions]) -> list[RowUpdate]:
         """Collect the tables that have a gradient, having checked everything but row numbers; changes nothing."""
         updates = []
         seen: set[int] = set()  # a table listed twice in a group, of which torch has warned, is stepped once
-        new = tuple.__new__  # makes a named tuple in half the time of calling its class
         for group_index, group in enumerate(self.param_groups):
-            options = _validate.check_group(group, group_index)
-            scalars_at: dict[int, StepScalars] = {}
             for position, table in enumerate(group["params"]):
                 grad = table.grad
                 if grad is None or id(table) in seen:
                     continue
                 seen.add(id(table))
-                place = new(Place, (group, group_index, position))
-                moments: Any = self.state.get(table)
-                is_checked = type(moments) is Moments and moments.has_seen(table, grad)
-                if not is_checked:
-                    check_gradient(table, grad, place)
+                place = Place(group, group_index, position)
+                check_gradient(table, grad, place)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
-                if not is_checked or moments.sparse_dim != sparse_dim:
-                    moments = self._fitting_moments(table, grad, sparse_dim, place)
-                if not is_checked or values.numel() != num_lookups * moments.width:
-                    check_values(values, num_lookups, moments.row_shape, place)
-                if not (indices.is_contiguous() and values.is_contiguous()):
-                    indices, values = indices.contiguous(), values.contiguous()
-                step = moments.step + 1
-                if step not in scalars_at:
-                    scalars_at[step] = step_scalars(options, step)
-                fields = (place, table, moments, indices, values, num_lookups, scalars_at[step])
-                updates.append(new(RowUpdate, fields))
+                moments = self._fitting_moments(table, sparse_dim, place)
+                check_values(values, num_lookups, moments.row_shape, place)
+                indices, values = indices.contiguous(), values.contiguous()
+                scalars = step_scalars(options[group_index], moments.step + 1)
+                updates.append(RowUpdate(place, table, moments, indices, values, num_lookups, scalars))
         return updates
 
-    def _fitting_moments(self, table: Tensor, grad: Tensor, sparse_dim: int, place: Place) -> Moments:
+    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place) -> Moments:
         """Return moments that fit a table: its own, regrouped, moved or read where need be, or new ones.
 
         They enter the state when their step is done.
@@ -240,7 +247,6 @@ class SparseAdam(torch.optim.Optimizer):
             moments = moments.to_device(table.device)
         if moments.sparse_dim != sparse_dim:
             moments = moments.with_sparse_dim(sparse_dim)
-        moments.see(table, grad)
         return moments
 
     def moment_bytes(self) -> int:

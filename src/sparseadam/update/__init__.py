@@ -7,19 +7,25 @@ update moments and table in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from .. import _validate
 from . import native, reference
 from ._types import RowUpdate, StepScalars, step_scalars
+from .native import SteadyStep
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "RowUpdate",
+    "SteadyStep",
     "StepScalars",
     "backends",
+    "check_backend",
+    "list_tables",
     "step_scalars",
     "update_rows",
 ]
@@ -99,6 +105,13 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
         native.update_rows(native_updates)
     if reference_updates:
         reference.update_rows(reference_updates)
+
+
+def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], backend: str | None) -> SteadyStep | None:
+    """List the tables of a step just taken, for a next one that only native code reads, where that can be done."""
+    if backend == "reference" or native.module() is None:
+        return None
+    return native.list_tables(groups, state)
 
 
 def _uses_native(update: RowUpdate, backend: str | None) -> bool:

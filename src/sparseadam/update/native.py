@@ -8,9 +8,11 @@ what it updates in place: strided CPU memory of a dtype it knows, each row's ele
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from torch import Tensor
 from .. import _validate
 from ..moments import Moments
 from ._types import RowUpdate
+
+# Whether this torch takes the tables that were written all at once; older ones take one.
+_TAKES_LISTS = "Iterable" in str(inspect.signature(torch.autograd.graph.increment_version))
 
 # Rows and lookups up to here always fit the native index type; beyond, the module is asked.
 _ALWAYS_FITS = 2**31
@@ -73,11 +78,8 @@ def prepare(update: RowUpdate) -> str | None:
         return f"{moments.num_rows} rows and {num_lookups} lookups do not fit its 64-bit (row, position) entries"
     if moments.capacity < moments.num_rows:
         moments.grow(moments.num_slots + num_lookups)
-    if moments.native_table is not None:
-        return None
     reason = _table_refusal(update.table, moments)
-    if reason is None:
-        moments.native_table = _make_handle(update.table, moments)
+    moments.native_table = None if reason else _make_handle(update.table, moments)
     return reason
 
 
@@ -119,11 +121,73 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
         raise _validate.row_error(update.place, sparse_shape, dim, index)
     for update, count in zip(updates, num_slots, strict=True):
         update.moments.num_slots = count
-    # Written past autograd: tell it, so that a stale graph is caught in backward() as after any in-place operation.
-    # One by one, which every version of torch takes.
-    for update in updates:
-        if update.num_lookups > 0:
-            torch.autograd.graph.increment_version(update.table)
+    _report_writes([update.table for update in updates if update.num_lookups > 0])
+
+
+def _report_writes(tables: list[Tensor]) -> None:
+    """Tell autograd of writes past it: a stale graph is then caught in backward(), as after any in-place operation."""
+    if _TAKES_LISTS:
+        torch.autograd.graph.increment_version(tables)
+        return
+    for table in tables:
+        torch.autograd.graph.increment_version(table)
+
+
+class SteadyStep:
+    """The tables of a step just taken, read by native code in the next one while all of them look the same.
+
+    Only what may differ without a check is read anew: gradients, their entries, counters and the groups' numbers.
+    """
+
+    def __init__(self, native_step: Any) -> None:
+        """Wrap the module's listing; ``list_tables`` makes it."""
+        self._native_step = native_step
+
+    def run(self, state: dict[Any, Any], groups: list[Any], scalars_at: list[Any]) -> bool:
+        """Step every table that has a gradient, counters included.
+
+        Args:
+            state: the optimizer's state.
+            groups: the parameters of each group.
+            scalars_at: for each group, the ``StepScalars`` of a step.
+
+        Returns:
+            Whether it could. If not, nothing was written, and the general step will find out why.
+        """
+        written = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
+        if written is None:
+            return False
+        if written:
+            _report_writes(written)
+        return True
+
+
+def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any]) -> SteadyStep | None:
+    """List the tables of a step just taken, or return None where the next one must go the general way as well.
+
+    Moments that may have to grow do: it moves them.
+    """
+    steady = _module().steady_step(Tensor)
+    if steady is None:
+        return None
+    for parameters in groups:
+        if len(set(parameters)) < len(parameters):
+            return None
+        steady.add_group()
+        for parameter in parameters:
+            moments = state.get(parameter)
+            if type(moments) is Moments and moments.native_table is not None and moments.capacity >= moments.num_rows:
+                steady.add_table(
+                    parameter=parameter,
+                    moments=moments,
+                    native_table=moments.native_table,
+                    counters=moments.counters_address,
+                )
+            elif parameter.grad is None:
+                steady.add_idle(parameter)
+            else:
+                return None
+    return SteadyStep(steady)
 
 
 def _module() -> ModuleType:

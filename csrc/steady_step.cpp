@@ -1,0 +1,208 @@
+#include "steady_step.h"
+
+#include <nanobind/stl/array.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace nb = nanobind;
+
+namespace sparseadam {
+
+namespace {
+
+// DLPack's table of functions, major version 1: what stands before the one that is used here, and that one.
+struct DLPackVersion {
+  uint32_t major, minor;
+};
+struct DLPackFunctions {
+  DLPackVersion version;
+  void* previous;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  ReadTensor tensor_from_object;
+};
+constexpr uint32_t kDLPackMajor = 1;
+
+// Names of attributes and methods, made once.
+struct Names {
+  nb::object grad = nb::steal(PyUnicode_InternFromString("grad"));
+  nb::object indices = nb::steal(PyUnicode_InternFromString("_indices"));
+  nb::object values = nb::steal(PyUnicode_InternFromString("_values"));
+};
+const Names& names() {
+  static const Names* made = new Names();  // never destroyed: the interpreter may be gone before it
+  return *made;
+}
+
+// object.name(), or an empty object where it raised, as it does on a gradient that is not a sparse one.
+nb::object call_method(nb::handle object, nb::handle name) {
+  PyObject* arguments[1] = {object.ptr()};
+  nb::object result = nb::steal(PyObject_VectorcallMethod(name.ptr(), arguments, 1, nullptr));
+  if (!result.is_valid()) PyErr_Clear();
+  return result;
+}
+
+bool is_cpu(const nb::dlpack::dltensor& tensor) { return tensor.device.device_type == nb::device::cpu::value; }
+
+bool is_int64(const nb::dlpack::dltensor& tensor) {
+  return tensor.dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Int) && tensor.dtype.bits == 64;
+}
+
+bool is_contiguous(const nb::dlpack::dltensor& tensor) {
+  if (tensor.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int32_t dim = tensor.ndim - 1; dim >= 0; --dim) {
+    if (tensor.shape[dim] != 1 && tensor.strides[dim] != expected) return false;
+    expected *= tensor.shape[dim];
+  }
+  return true;
+}
+
+void* memory_of(const nb::dlpack::dltensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+bool is_same_dtype(nb::dlpack::dtype a, nb::dlpack::dtype b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+}  // namespace
+
+// The last numbers asked for are kept: the tables of a group are mostly at the same step.
+struct SteadyStep::Reading {
+  std::vector<TableStep> steps;
+  std::vector<const Parameter*> parameters;
+  std::vector<nb::object> gradients;  // keep alive what `steps` point to
+  nb::handle scalars_at;
+  int64_t scalars_step = 0;
+  StepScalars scalars{};
+
+  const StepScalars& at_step(int64_t step) {
+    if (step != scalars_step) {
+      const auto s = nb::cast<std::array<double, 7>>(nb::borrow<nb::callable>(scalars_at)(step));
+      scalars = {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+      scalars_step = step;
+    }
+    return scalars;
+  }
+};
+
+ReadTensor find_reader(nb::handle tensor_type) {
+  nb::object capsule = nb::getattr(tensor_type, "__dlpack_c_exchange_api__", nb::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const auto* functions =
+      static_cast<const DLPackFunctions*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  return functions->version.major == kDLPackMajor ? functions->tensor_from_object : nullptr;
+}
+
+bool SteadyStep::Look::fits(const nb::dlpack::dltensor& tensor) const {
+  return memory_of(tensor) == data && tensor.device.device_type == device.device_type &&
+         tensor.device.device_id == device.device_id && is_same_dtype(tensor.dtype, dtype) &&
+         static_cast<size_t>(tensor.ndim) == shape.size() && std::equal(shape.begin(), shape.end(), tensor.shape) &&
+         std::equal(strides.begin(), strides.end(), tensor.strides);
+}
+
+void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object native_table, int64_t* counters) {
+  nb::dlpack::dltensor tensor;
+  if (read_tensor_(parameter.ptr(), &tensor) != 0) throw nb::python_error();
+  const auto* table = nb::cast<const Table*>(native_table);
+  Look look{memory_of(tensor), tensor.device, tensor.dtype, {}, {}};
+  look.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  look.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  groups_.back().push_back(
+      {std::move(parameter), std::move(moments), std::move(native_table), table, counters, std::move(look)});
+}
+
+void SteadyStep::add_idle(nb::object parameter) {
+  groups_.back().push_back({std::move(parameter), {}, {}, nullptr, nullptr, {}});
+}
+
+bool SteadyStep::read_group(const std::vector<Parameter>& group, nb::dict state, nb::handle parameters,
+                            nb::handle scalars_at, Reading& reading) const {
+  if (!nb::isinstance<nb::list>(parameters)) return false;
+  const auto listed = nb::borrow<nb::list>(parameters);
+  if (listed.size() != group.size()) return false;
+  reading.scalars_at = scalars_at;
+  reading.scalars_step = 0;
+  for (size_t i = 0; i < group.size(); ++i) {
+    const Parameter& parameter = group[i];
+    if (!listed[i].is(parameter.object)) return false;
+    nb::object gradient = nb::steal(PyObject_GetAttr(parameter.object.ptr(), names().grad.ptr()));
+    if (!gradient.is_valid()) throw nb::python_error();
+    if (gradient.is_none()) continue;
+    if (parameter.table == nullptr) return false;
+    const nb::handle moments = PyDict_GetItemWithError(state.ptr(), parameter.object.ptr());
+    if (!moments.is(parameter.moments) || !read_table(parameter, gradient, reading)) return false;
+    reading.gradients.push_back(std::move(gradient));
+  }
+  return true;
+}
+
+bool SteadyStep::read_table(const Parameter& parameter, nb::handle gradient, Reading& reading) const {
+  nb::dlpack::dltensor table;
+  if (read_tensor_(parameter.object.ptr(), &table) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (!parameter.look.fits(table)) return false;
+  // Both share the gradient's memory, so nothing is lost when they go; kept, they would soon call the garbage
+  // collector.
+  const nb::object indices = call_method(gradient, names().indices);
+  const nb::object values = indices.is_valid() ? call_method(gradient, names().values) : nb::object();
+  TableStep step{};
+  if (!values.is_valid() || !read_lookups(parameter, indices, values, step)) return false;
+  step.table = parameter.table;
+  step.num_slots = parameter.counters[1];
+  step.scalars = reading.at_step(parameter.counters[0] + 1);
+  reading.steps.push_back(step);
+  reading.parameters.push_back(&parameter);
+  return true;
+}
+
+bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb::handle values,
+                              TableStep& step) const {
+  nb::dlpack::dltensor index, value;
+  if (read_tensor_(indices.ptr(), &index) != 0 || read_tensor_(values.ptr(), &value) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const Look& look = parameter.look;
+  const size_t sparse_dim = parameter.table->sparse_shape.size();
+  const bool fits =
+      is_cpu(index) && is_int64(index) && is_contiguous(index) && index.ndim == 2 &&
+      static_cast<size_t>(index.shape[0]) == sparse_dim && is_cpu(value) && is_contiguous(value) &&
+      is_same_dtype(value.dtype, look.dtype) && static_cast<size_t>(value.ndim) == 1 + look.shape.size() - sparse_dim &&
+      value.shape[0] == index.shape[1] &&
+      std::equal(look.shape.begin() + static_cast<int64_t>(sparse_dim), look.shape.end(), value.shape + 1);
+  if (!fits || !Partitioning::fits(parameter.table->num_rows, index.shape[1])) return false;
+  step.indices = static_cast<const int64_t*>(memory_of(index));
+  step.values = memory_of(value);
+  step.num_lookups = index.shape[1];
+  return true;
+}
+
+nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at, InstructionSet instruction_set,
+                           int num_threads) const {
+  Reading reading;
+  if (groups.size() != groups_.size()) return nb::none();
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (!read_group(groups_[g], state, groups[g], scalars_at[g], reading)) return nb::none();
+  }
+  BadLookup bad;
+  {
+    const nb::gil_scoped_release release;
+    bad = step(reading.steps, instruction_set, num_threads);
+  }
+  if (bad.table >= 0) return nb::none();
+  nb::list written;
+  for (size_t i = 0; i < reading.steps.size(); ++i) {
+    const Parameter& parameter = *reading.parameters[i];
+    parameter.counters[0] += 1;
+    parameter.counters[1] = reading.steps[i].num_slots;
+    if (reading.steps[i].num_lookups > 0) written.append(parameter.object);
+  }
+  return written;
+}
+
+}  // namespace sparseadam

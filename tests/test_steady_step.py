@@ -1,0 +1,204 @@
+"""A step whose tables look as they did is read by native code alone; whatever looks otherwise is checked again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from snapshot import snapshot
+from torch import Tensor, nn
+
+from sparseadam import SparseAdam
+from sparseadam.update import native
+
+pytestmark = pytest.mark.skipif(
+    native.module() is None or native.module().steady_step(Tensor) is None,
+    reason="this torch or this installation has no steady steps; every step is a general one",
+)
+
+
+class Run:
+    """Three tables in two groups, one of them viewed as 4 x 3 rows, with an optimizer that has stepped twice."""
+
+    def __init__(self) -> None:
+        """Build them and take the two steps."""
+        torch.manual_seed(0)
+        self.tables = [
+            nn.Parameter(torch.randn(20, 6)),
+            nn.Parameter(torch.randn(9)),
+            nn.Parameter(torch.randn(4, 3, 2)),
+        ]
+        self.sparse_dims = [1, 1, 2]
+        self.optimizer = SparseAdam([{"params": self.tables[:2]}, {"params": self.tables[2:], "lr": 0.1}])
+        self.num_general = 0
+        self._count_general_steps()
+        for seed in range(2):
+            self.step(seed)
+        self.num_general = 0
+
+    def _count_general_steps(self) -> None:
+        general = self.optimizer._step_generally
+
+        def counted(options: Any) -> None:
+            self.num_general += 1
+            general(options)
+
+        self.optimizer._step_generally = counted  # type: ignore[method-assign]
+
+    def set_gradients(self, seed: int) -> None:
+        """Give each table seven lookups drawn from a seed."""
+        torch.manual_seed(seed)
+        for table, sparse_dim in zip(self.tables, self.sparse_dims, strict=True):
+            sizes = torch.tensor(table.shape[:sparse_dim])
+            indices = (torch.rand(sparse_dim, 7) * sizes[:, None]).long()
+            values = torch.randn(7, *table.shape[sparse_dim:])
+            table.grad = torch.sparse_coo_tensor(indices, values, table.shape, check_invariants=False)
+
+    def step(self, seed: int) -> None:
+        """Step on the gradients of a seed."""
+        self.set_gradients(seed)
+        self.optimizer.step()
+
+
+def without_steady_steps(run: Run) -> Run:
+    run.optimizer.__dict__["_steady_step"] = None
+    return run
+
+
+def test_what_looks_the_same_is_read_natively_with_the_same_result() -> None:
+    steady, general = Run(), Run()
+    for seed in range(2, 6):
+        steady.step(seed)
+        without_steady_steps(general).step(seed)
+    assert steady.num_general == 0 and general.num_general == 4
+    assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+
+
+def exchange_memory(run: Run) -> None:
+    run.tables[0].data = run.tables[0].data.clone()
+
+
+def set_other_sparse_dim(run: Run) -> None:
+    run.sparse_dims[2] = 1
+
+
+def load_other_state(run: Run) -> None:
+    donor = Run()
+    donor.step(9)
+    run.optimizer.load_state_dict(donor.optimizer.state_dict())
+
+
+def forget_state(run: Run) -> None:
+    del run.optimizer.state[run.tables[1]]
+
+
+def add_table(run: Run) -> None:
+    run.tables.append(nn.Parameter(torch.ones(5, 2)))
+    run.sparse_dims.append(1)
+    run.optimizer.add_param_group({"params": [run.tables[-1]]})
+
+
+def take_table_out(run: Run) -> None:
+    run.optimizer.param_groups[0]["params"] = run.optimizer.param_groups[0]["params"][:1]
+
+
+def exchange_tables(run: Run) -> None:
+    run.optimizer.param_groups[0]["params"].reverse()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        exchange_memory,
+        set_other_sparse_dim,
+        load_other_state,
+        forget_state,
+        add_table,
+        take_table_out,
+        exchange_tables,
+    ],
+)
+def test_what_looks_otherwise_goes_the_general_way_once(change: Callable[[Run], None]) -> None:
+    steady, general = Run(), Run()
+    for run in (steady, general):
+        change(run)
+    for seed in range(2, 5):
+        steady.step(seed)
+        without_steady_steps(general).step(seed)
+    assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+    assert steady.num_general == 1
+
+
+def test_what_changes_without_a_check_is_read_anew() -> None:
+    steady, general = Run(), Run()
+    for run in (steady, general):
+        run.optimizer.param_groups[0].update(lr=0.5, betas=(0.5, 0.6), eps=1e-3, maximize=True)
+        run.optimizer.state[run.tables[0]]["step"] = 7
+        run.optimizer.state[run.tables[2]]["exp_avg"].mul_(3)
+    steady.step(3)
+    without_steady_steps(general).step(3)
+    assert steady.num_general == 0
+    assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+
+
+def test_a_table_without_a_gradient_is_passed_over_and_one_without_lookups_counts_a_step() -> None:
+    run = Run()
+    before = run.tables[0].clone()
+    run.set_gradients(2)
+    run.tables[0].grad = None
+    run.tables[1].grad = torch.sparse_coo_tensor(
+        torch.empty(1, 0, dtype=torch.long), torch.empty(0), (9,), check_invariants=True
+    )
+    versions = [table._version for table in run.tables]
+    run.optimizer.step()
+    assert run.num_general == 0
+    assert torch.equal(run.tables[0], before)
+    assert [run.optimizer.state[table]["step"] for table in run.tables] == [2, 3, 3]
+    assert [table._version - version for table, version in zip(run.tables, versions, strict=True)] == [0, 0, 1]
+
+
+def test_indices_that_are_not_contiguous_go_the_general_way() -> None:
+    steady, general = Run(), Run()
+    for run in (steady, general):
+        run.set_gradients(2)
+    grad = general.tables[2].grad
+    assert grad is not None
+    indices = grad._indices().t().contiguous().t()
+    general.tables[2].grad = torch.sparse_coo_tensor(indices, grad._values(), grad.shape, check_invariants=False)
+    assert not general.tables[2].grad._indices().is_contiguous()
+    for run in (steady, general):
+        run.optimizer.step()
+    assert (steady.num_general, general.num_general) == (0, 1)
+    assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+
+
+def test_tables_that_native_code_cannot_walk_go_the_general_way_at_each_step() -> None:
+    run = Run()
+    run.tables[0].data = run.tables[0].data.t().contiguous().t()
+    for seed in range(2, 5):
+        run.step(seed)
+    assert run.num_general == 3
+
+
+def test_an_index_outside_its_table_is_found_and_nothing_is_changed() -> None:
+    run = Run()
+    run.set_gradients(2)
+    grad = run.tables[2].grad
+    assert grad is not None
+    grad._indices()[1, 3] = 3
+    before = snapshot(run.optimizer)
+    with pytest.raises(IndexError, match=r"group 1, parameter 0 names index 3 in dimension 1"):
+        run.optimizer.step()
+    assert snapshot(run.optimizer) == before
+
+
+def test_a_dense_gradient_after_sparse_ones_is_refused() -> None:
+    run = Run()
+    run.set_gradients(2)
+    run.tables[0].grad = torch.zeros_like(run.tables[0])
+    before = snapshot(run.optimizer)
+    with pytest.raises(RuntimeError, match="dense"):
+        run.optimizer.step()
+    assert snapshot(run.optimizer) == before
