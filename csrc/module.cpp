@@ -10,7 +10,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -37,6 +36,9 @@ const std::vector<std::pair<std::string, ElementType>> kElementTypes = {{"float3
 const std::vector<std::pair<std::string, InstructionSet>> kInstructionSets = {
     {"portable", InstructionSet::kPortable}, {"avx2", InstructionSet::kAvx2}, {"avx512", InstructionSet::kAvx512}};
 
+const std::vector<std::pair<std::string, MomentType>> kMomentTypes = {
+    {"own", MomentType::kOwn}, {"bfloat16", MomentType::kBFloat16}, {"uint8", MomentType::kCode8}};
+
 template <class T>
 T by_name(const std::vector<std::pair<std::string, T>>& names, const std::string& name) {
   for (const auto& [known, value] : names) {
@@ -48,7 +50,7 @@ T by_name(const std::vector<std::pair<std::string, T>>& names, const std::string
 std::vector<std::string> element_types() {
   std::vector<std::string> names;
   for (const auto& [name, element] : kElementTypes) {
-    if (update_rows_for(element, InstructionSet::kPortable) != nullptr) names.push_back(name);
+    if (row_kernels_for(element, {}, false, InstructionSet::kPortable).update_rows != nullptr) names.push_back(name);
   }
   return names;
 }
@@ -63,9 +65,27 @@ std::vector<std::string> instruction_set_names() {
   return names;
 }
 
+MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, uintptr_t exp_avg, uintptr_t exp_avg_sq,
+                          uintptr_t max_exp_avg_sq, int64_t exp_avg_stride, int64_t exp_avg_sq_stride,
+                          uintptr_t exp_avg_scale, uintptr_t exp_avg_sq_scale, int64_t scale_stride,
+                          uintptr_t row_steps, uintptr_t paid_log_decay) {
+  return {by_name(kMomentTypes, type),
+          one_exp_avg_sq_a_row,
+          at_address<void>(exp_avg),
+          at_address<void>(exp_avg_sq),
+          at_address<void>(max_exp_avg_sq),
+          exp_avg_stride,
+          exp_avg_sq_stride,
+          at_address<float>(exp_avg_scale),
+          at_address<float>(exp_avg_sq_scale),
+          scale_stride,
+          at_address<int32_t>(row_steps),
+          at_address<double>(paid_log_decay)};
+}
+
 Table make_table(uintptr_t table, int64_t table_stride, const std::string& element_type,
-                 std::vector<int64_t> sparse_shape, int64_t width, uintptr_t exp_avg, uintptr_t exp_avg_sq,
-                 int64_t moment_stride, uintptr_t slot_of_row, bool wide_slots, uintptr_t rows) {
+                 std::vector<int64_t> sparse_shape, int64_t width, const MomentMemory& moments, uintptr_t slot_of_row,
+                 bool wide_slots, uintptr_t rows, bool stochastic_rounding, uint64_t stream) {
   int64_t num_rows = 1;
   for (const int64_t size : sparse_shape) num_rows *= size;
   return {at_address<void>(table),
@@ -74,43 +94,40 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           std::move(sparse_shape),
           num_rows,
           width,
-          at_address<void>(exp_avg),
-          at_address<void>(exp_avg_sq),
-          moment_stride,
+          moments,
           at_address<void>(slot_of_row),
           wide_slots,
-          at_address<int64_t>(rows)};
+          at_address<int64_t>(rows),
+          stochastic_rounding,
+          stream};
 }
 
-// (table, address of indices, address of values, number of lookups, number of slots, scalars)
-using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, int64_t, std::array<double, 7>>;
-// (table, lookup, dimension, index)
-using BadTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// (table, address of indices, address of values, number of lookups, scalars, counters)
+using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, ScalarArray, Counters>;
+// (table, (dimension, index) if an index is out of range, rows whose gradient is not finite)
+using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>>, std::vector<int64_t>>;
 
-std::pair<std::vector<int64_t>, std::optional<BadTuple>> run_step(const std::vector<StepTuple>& tuples,
-                                                                  const std::string& instruction_set, int num_threads) {
+std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const std::string& instruction_set,
+                                   int num_threads) {
   std::vector<TableStep> tables;
   tables.reserve(tuples.size());
-  for (const auto& [table, indices, values, num_lookups, num_slots, s] : tuples) {
-    tables.push_back({table,
-                      at_address<const int64_t>(indices),
-                      at_address<const void>(values),
-                      num_lookups,
-                      num_slots,
-                      {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}});
+  for (const auto& [table, indices, values, num_lookups, scalars, counters] : tuples) {
+    tables.push_back(make_table_step(*table, at_address<const int64_t>(indices), at_address<const void>(values),
+                                     num_lookups, scalars, counters));
   }
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
-  BadLookup bad;
+  Fault fault;
   {
     const nb::gil_scoped_release release;
-    bad = step(tables, chosen, num_threads);
+    fault = step(tables, chosen, num_threads);
   }
-  std::vector<int64_t> num_slots;
-  num_slots.reserve(tables.size());
-  for (const TableStep& table : tables) num_slots.push_back(table.num_slots);
-  std::optional<BadTuple> bad_tuple;
-  if (bad.table >= 0) bad_tuple = BadTuple{bad.table, bad.at.lookup, bad.at.dim, bad.at.index};
-  return {std::move(num_slots), bad_tuple};
+  if (fault.table >= 0) {
+    std::optional<std::pair<int64_t, int64_t>> bad_index;
+    if (fault.bad_index.lookup >= 0) bad_index = {fault.bad_index.dim, fault.bad_index.index};
+    return FaultTuple{fault.table, bad_index, std::move(fault.rows)};
+  }
+  for (size_t i = 0; i < tables.size(); ++i) advance(std::get<Counters>(tuples[i]), tables[i]);
+  return std::nullopt;
 }
 
 std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
@@ -123,24 +140,28 @@ std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
 
 NB_MODULE(_native, m) {
   m.doc() = "The sparse Adam step on the CPU. Private: called by sparseadam.update.native alone.";
+  nb::class_<MomentMemory>(m, "MomentMemory", "Where a table's moments are, by address; 0 for those it does without.")
+      .def(nb::new_(&make_moments), nb::kw_only(), nb::arg("type"), nb::arg("one_exp_avg_sq_a_row"), nb::arg("exp_avg"),
+           nb::arg("exp_avg_sq"), nb::arg("max_exp_avg_sq"), nb::arg("exp_avg_stride"), nb::arg("exp_avg_sq_stride"),
+           nb::arg("exp_avg_scale"), nb::arg("exp_avg_sq_scale"), nb::arg("scale_stride"), nb::arg("row_steps"),
+           nb::arg("paid_log_decay"));
   nb::class_<Table>(m, "Table", "A table and its compact moments, by address.")
       .def(nb::new_(&make_table), nb::kw_only(), nb::arg("table"), nb::arg("table_stride"), nb::arg("element_type"),
-           nb::arg("sparse_shape"), nb::arg("width"), nb::arg("exp_avg"), nb::arg("exp_avg_sq"),
-           nb::arg("moment_stride"), nb::arg("slot_of_row"), nb::arg("wide_slots"), nb::arg("rows"));
+           nb::arg("sparse_shape"), nb::arg("width"), nb::arg("moments"), nb::arg("slot_of_row"), nb::arg("wide_slots"),
+           nb::arg("rows"), nb::arg("stochastic_rounding"), nb::arg("stream"));
   m.def("element_types", &element_types, "Names of the table dtypes that this build can update.");
   m.def("instruction_sets", &instruction_set_names, "Names of the instruction sets at hand, slowest first.");
   m.def("fits", &Partitioning::fits, nb::arg("num_rows"), nb::arg("num_lookups"),
         "Whether a step of this size fits the packed (row, position) entries.");
   m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
-        "Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as\n"
-        "(table, lookup, dimension, index).");
+        "Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or\n"
+        "none. Returns None, or why not: (table, (dimension, index) or None, rows whose gradient is not finite).");
   nb::class_<SteadyStep>(m, "SteadyStep", "A step whose tables all look as they did when they were listed here.")
       .def("add_group", &SteadyStep::add_group)
       .def(
           "add_table",
-          [](SteadyStep& self, nb::object parameter, nb::object moments, nb::object native_table, uintptr_t counters) {
-            self.add_table(std::move(parameter), std::move(moments), std::move(native_table),
-                           at_address<int64_t>(counters));
+          [](SteadyStep& self, nb::object parameter, nb::object moments, nb::object native_table, Counters counters) {
+            self.add_table(std::move(parameter), std::move(moments), std::move(native_table), counters);
           },
           nb::kw_only(), nb::arg("parameter"), nb::arg("moments"), nb::arg("native_table"), nb::arg("counters"))
       .def("add_idle", &SteadyStep::add_idle, nb::arg("parameter"))

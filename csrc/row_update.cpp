@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "element.h"
+#include "rounding.h"
 
 // Wide code is enabled per function and chosen at run time; the file itself stays at the platform's floor.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -22,9 +23,10 @@ constexpr int64_t kMinPrefetchRows = 2;
 constexpr int64_t kMaxPrefetchRows = 32;
 constexpr int64_t kCacheLine = 64;
 
+// The numbers of one row.
 template <class Moment>
 struct Scalars {
-  Moment beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, root_scale, eps;
+  Moment beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, root_scale, eps, decay;
 
   explicit Scalars(const StepScalars& from)
       : beta1(static_cast<Moment>(from.beta1)),
@@ -33,49 +35,308 @@ struct Scalars {
         one_minus_beta2(static_cast<Moment>(from.one_minus_beta2)),
         step_size(static_cast<Moment>(from.step_size)),
         root_scale(static_cast<Moment>(from.root_scale)),
-        eps(static_cast<Moment>(from.eps)) {}
+        eps(static_cast<Moment>(from.eps)),
+        decay(static_cast<Moment>(from.decay)) {}
 };
+
+// The formula, element by element.
+template <class Moment>
+SPARSEADAM_INLINE Moment next_exp_avg(Moment exp_avg, Moment grad, const Scalars<Moment>& scalars) {
+  return scalars.beta1 * exp_avg + scalars.one_minus_beta1 * grad;
+}
+template <class Moment>
+SPARSEADAM_INLINE Moment next_exp_avg_sq(Moment exp_avg_sq, Moment square, const Scalars<Moment>& scalars) {
+  return scalars.beta2 * exp_avg_sq + scalars.one_minus_beta2 * square;
+}
+template <class Moment>
+SPARSEADAM_INLINE Moment denominator(Moment exp_avg_sq, const Scalars<Moment>& scalars) {
+  return std::sqrt(exp_avg_sq) * scalars.root_scale + scalars.eps;
+}
+template <class Moment>
+SPARSEADAM_INLINE Moment next_weight(Moment weight, Moment exp_avg, Moment denom, const Scalars<Moment>& scalars) {
+  return scalars.decay * weight - scalars.step_size * exp_avg / denom;
+}
 
 SPARSEADAM_INLINE void prefetch(const void* address, int64_t num_bytes) {
   const char* bytes = static_cast<const char*>(address);
   for (int64_t offset = 0; offset < num_bytes; offset += kCacheLine) __builtin_prefetch(bytes + offset, 1, 2);
 }
 
-// One row, its gradient already summed.
-template <class Element, class Gradient, class Moment>
-SPARSEADAM_INLINE void update_row(Element* __restrict__ table, Moment* __restrict__ exp_avg,
-                                  Moment* __restrict__ exp_avg_sq, const Gradient* __restrict__ gradient, int64_t width,
-                                  const Scalars<Moment>& scalars) {
-  for (int64_t i = 0; i < width; ++i) {
-    const Moment grad = widen(gradient[i]);
-    const Moment first = scalars.beta1 * exp_avg[i] + scalars.one_minus_beta1 * grad;
-    const Moment second = scalars.beta2 * exp_avg_sq[i] + scalars.one_minus_beta2 * (grad * grad);
-    const Moment denom = std::sqrt(second) * scalars.root_scale + scalars.eps;
-    exp_avg[i] = first;
-    exp_avg_sq[i] = second;
-    narrow(widen(table[i]) - scalars.step_size * first / denom, &table[i]);
+// A table whose moments are of their own type, one of each an element, and whose rows share the step's numbers.
+template <class TableElement, class MomentElement>
+class PlainRows {
+ public:
+  using Element = TableElement;
+  using Moment = MomentElement;
+
+  PlainRows(const TableMemory& memory, const StepScalars& scalars, Moment*)
+      : memory_(memory),
+        scalars_(scalars),
+        exp_avg_(static_cast<Moment*>(memory.moments.exp_avg)),
+        exp_avg_sq_(static_cast<Moment*>(memory.moments.exp_avg_sq)) {}
+
+  SPARSEADAM_INLINE void prefetch_moments(int64_t slot) const {
+    const auto num_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
+    prefetch(exp_avg_ + slot * memory_.moments.exp_avg_stride, num_bytes);
+    prefetch(exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride, num_bytes);
   }
-}
+
+  template <class Gradient>
+  SPARSEADAM_INLINE void update(Element* table, int64_t, int64_t slot, const Gradient* gradient) const {
+    update_elements(table, exp_avg_ + slot * memory_.moments.exp_avg_stride,
+                    exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride, gradient, memory_.width, scalars_);
+  }
+
+ private:
+  template <class Gradient>
+  static SPARSEADAM_INLINE void update_elements(Element* __restrict__ table, Moment* __restrict__ exp_avg,
+                                                Moment* __restrict__ exp_avg_sq, const Gradient* __restrict__ gradient,
+                                                int64_t width, const Scalars<Moment>& scalars) {
+    for (int64_t i = 0; i < width; ++i) {
+      const Moment grad = widen(gradient[i]);
+      const Moment first = next_exp_avg(exp_avg[i], grad, scalars);
+      const Moment second = next_exp_avg_sq(exp_avg_sq[i], grad * grad, scalars);
+      exp_avg[i] = first;
+      exp_avg_sq[i] = second;
+      narrow(next_weight<Moment>(widen(table[i]), first, denominator(second, scalars), scalars), &table[i]);
+    }
+  }
+
+  const TableMemory& memory_;
+  const Scalars<Moment> scalars_;
+  Moment* exp_avg_;
+  Moment* exp_avg_sq_;
+};
+
+// Any table. Moments are brought into the form of a plain row's, in scratch where they are stored otherwise, updated
+// there, and put back.
+template <class TableElement, class MomentElement>
+class AnyRows {
+ public:
+  using Element = TableElement;
+  using Moment = MomentElement;
+
+  AnyRows(const TableMemory& memory, const StepScalars& scalars, Moment* scratch)
+      : memory_(memory),
+        moments_(memory.moments),
+        step_scalars_(scalars),
+        weights_(scratch),
+        denoms_(scratch + memory.width),
+        exp_avg_(scratch + 2 * memory.width),
+        exp_avg_sq_(scratch + 3 * memory.width) {}
+
+  SPARSEADAM_INLINE void prefetch_moments(int64_t slot) const {
+    prefetch(at<char>(moments_.exp_avg, slot * moments_.exp_avg_stride * exp_avg_bytes()),
+             memory_.width * exp_avg_bytes());
+    if (moments_.one_exp_avg_sq_a_row) {
+      prefetch(at<Moment>(moments_.exp_avg_sq, slot), 1);
+    } else {
+      prefetch(at<char>(moments_.exp_avg_sq, slot * moments_.exp_avg_sq_stride * exp_avg_bytes()),
+               memory_.width * exp_avg_bytes());
+    }
+    if (moments_.max_exp_avg_sq != nullptr) {
+      prefetch(at<Moment>(moments_.max_exp_avg_sq, slot * moments_.exp_avg_sq_stride),
+               moments_.one_exp_avg_sq_a_row ? 1 : memory_.width * static_cast<int64_t>(sizeof(Moment)));
+    }
+    if (moments_.exp_avg_scale != nullptr) {
+      prefetch(moments_.exp_avg_scale + slot * moments_.scale_stride,
+               moments_.scale_stride * static_cast<int64_t>(sizeof(float)));
+    }
+    if (moments_.row_steps != nullptr) prefetch(moments_.row_steps + slot, 1);
+    if (moments_.paid_log_decay != nullptr) prefetch(moments_.paid_log_decay + slot, 1);
+  }
+
+  template <class Gradient>
+  SPARSEADAM_INLINE void update(Element* table, int64_t row, int64_t slot, const Gradient* gradient) const {
+    const Scalars<Moment> scalars = scalars_of(slot);
+    const uint32_t key = row_key(memory_.random_key, row);
+    Moment* exp_avg = load_exp_avg(slot);
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      exp_avg[i] = next_exp_avg<Moment>(exp_avg[i], widen(gradient[i]), scalars);
+    }
+    if (moments_.one_exp_avg_sq_a_row) {
+      update_row_second(slot, gradient, scalars);
+    } else {
+      update_second(slot, gradient, scalars, key);
+    }
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      weights_[i] = next_weight<Moment>(widen(table[i]), exp_avg[i], denoms_[i], scalars);
+    }
+    store_exp_avg(slot, exp_avg, key);
+    store_weights(table, key);
+  }
+
+ private:
+  template <class T>
+  static SPARSEADAM_INLINE T* at(void* memory, int64_t offset) {
+    return static_cast<T*>(memory) + offset;
+  }
+
+  SPARSEADAM_INLINE int64_t exp_avg_bytes() const {
+    return moments_.type == MomentType::kOwn        ? static_cast<int64_t>(sizeof(Moment))
+           : moments_.type == MomentType::kBFloat16 ? static_cast<int64_t>(sizeof(BFloat16))
+                                                    : 1;
+  }
+
+  // The step's numbers with what is the row's own in them.
+  SPARSEADAM_INLINE Scalars<Moment> scalars_of(int64_t slot) const {
+    StepScalars scalars = step_scalars_;
+    if (moments_.row_steps != nullptr) {
+      const double touches = ++moments_.row_steps[slot];
+      const double bias_correction1 = 1.0 - std::pow(scalars.beta1, touches);
+      const double root_correction2 = std::sqrt(1.0 - std::pow(scalars.beta2, touches));
+      const bool torch_eps = scalars.torch_eps != 0.0;
+      scalars.step_size = scalars.lr / bias_correction1 * (torch_eps ? root_correction2 : 1.0);
+      scalars.root_scale = torch_eps ? 1.0 : 1.0 / root_correction2;
+    }
+    if (moments_.paid_log_decay != nullptr) {
+      scalars.decay = std::exp(memory_.log_decay - moments_.paid_log_decay[slot]);
+      moments_.paid_log_decay[slot] = memory_.log_decay;
+    }
+    return Scalars<Moment>(scalars);
+  }
+
+  SPARSEADAM_INLINE Moment* load_exp_avg(int64_t slot) const {
+    const int64_t begin = slot * moments_.exp_avg_stride;
+    if (moments_.type == MomentType::kOwn) return at<Moment>(moments_.exp_avg, begin);
+    if (moments_.type == MomentType::kBFloat16) {
+      const auto* stored = at<const BFloat16>(moments_.exp_avg, begin);
+      for (int64_t i = 0; i < memory_.width; ++i) exp_avg_[i] = widen(stored[i]);
+    } else {
+      decode_exp_avg(at<uint8_t>(moments_.exp_avg, begin), moments_.exp_avg_scale + slot * moments_.scale_stride,
+                     memory_.width, exp_avg_);
+    }
+    return exp_avg_;
+  }
+
+  SPARSEADAM_INLINE void store_exp_avg(int64_t slot, const Moment* exp_avg, uint32_t key) const {
+    const int64_t begin = slot * moments_.exp_avg_stride;
+    if (moments_.type == MomentType::kBFloat16) {
+      store_bfloat16(exp_avg, at<BFloat16>(moments_.exp_avg, begin), key, Rounded::kExpAvg);
+    } else if (moments_.type == MomentType::kCode8) {
+      encode_exp_avg(exp_avg, memory_.width, key, at<uint8_t>(moments_.exp_avg, begin),
+                     moments_.exp_avg_scale + slot * moments_.scale_stride);
+    }
+  }
+
+  SPARSEADAM_INLINE void store_bfloat16(const Moment* from, BFloat16* to, uint32_t key, Rounded what) const {
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      narrow_stochastic(static_cast<float>(from[i]), random_bits(key, what, static_cast<uint32_t>(i)), &to[i]);
+    }
+  }
+
+  // Second moments, element by element, and the denominators they lead to.
+  template <class Gradient>
+  SPARSEADAM_INLINE void update_second(int64_t slot, const Gradient* gradient, const Scalars<Moment>& scalars,
+                                       uint32_t key) const {
+    const int64_t begin = slot * moments_.exp_avg_sq_stride;
+    Moment* exp_avg_sq = exp_avg_sq_;
+    if (moments_.type == MomentType::kOwn) {
+      exp_avg_sq = at<Moment>(moments_.exp_avg_sq, begin);
+    } else if (moments_.type == MomentType::kBFloat16) {
+      const auto* stored = at<const BFloat16>(moments_.exp_avg_sq, begin);
+      for (int64_t i = 0; i < memory_.width; ++i) exp_avg_sq_[i] = widen(stored[i]);
+    } else {
+      decode_exp_avg_sq(at<uint8_t>(moments_.exp_avg_sq, begin),
+                        moments_.exp_avg_sq_scale + slot * moments_.scale_stride, memory_.width, exp_avg_sq_);
+    }
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      const Moment grad = widen(gradient[i]);
+      exp_avg_sq[i] = next_exp_avg_sq(exp_avg_sq[i], grad * grad, scalars);
+    }
+    Moment* under_root = exp_avg_sq;
+    if (moments_.max_exp_avg_sq != nullptr) {
+      under_root = at<Moment>(moments_.max_exp_avg_sq, begin);
+      for (int64_t i = 0; i < memory_.width; ++i) under_root[i] = larger(exp_avg_sq[i], under_root[i]);
+    }
+    for (int64_t i = 0; i < memory_.width; ++i) denoms_[i] = denominator(under_root[i], scalars);
+    if (moments_.type == MomentType::kBFloat16) {
+      store_bfloat16(exp_avg_sq, at<BFloat16>(moments_.exp_avg_sq, begin), key, Rounded::kExpAvgSq);
+    } else if (moments_.type == MomentType::kCode8) {
+      encode_exp_avg_sq(exp_avg_sq, memory_.width, key, at<uint8_t>(moments_.exp_avg_sq, begin),
+                        moments_.exp_avg_sq_scale + slot * moments_.scale_stride);
+    }
+  }
+
+  // The same for one second moment a row.
+  template <class Gradient>
+  SPARSEADAM_INLINE void update_row_second(int64_t slot, const Gradient* gradient,
+                                           const Scalars<Moment>& scalars) const {
+    Moment* exp_avg_sq = at<Moment>(moments_.exp_avg_sq, slot * moments_.exp_avg_sq_stride);
+    *exp_avg_sq = next_exp_avg_sq(*exp_avg_sq, mean_square(gradient), scalars);
+    Moment under_root = *exp_avg_sq;
+    if (moments_.max_exp_avg_sq != nullptr) {
+      Moment* largest = at<Moment>(moments_.max_exp_avg_sq, slot * moments_.exp_avg_sq_stride);
+      *largest = larger(*exp_avg_sq, *largest);
+      under_root = *largest;
+    }
+    const Moment denom = denominator(under_root, scalars);
+    for (int64_t i = 0; i < memory_.width; ++i) denoms_[i] = denom;
+  }
+
+  // Summed in a fixed number of lanes, so that every instruction set sums in the same order.
+  template <class Gradient>
+  SPARSEADAM_INLINE Moment mean_square(const Gradient* gradient) const {
+    constexpr int64_t kLanes = 16;
+    Moment lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= memory_.width; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const Moment grad = widen(gradient[i + lane]);
+        lanes[lane] += grad * grad;
+      }
+    }
+    for (int64_t lane = 0; i < memory_.width; ++i, ++lane) {
+      const Moment grad = widen(gradient[i]);
+      lanes[lane] += grad * grad;
+    }
+    Moment sum = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+    return sum / static_cast<Moment>(std::max<int64_t>(memory_.width, 1));
+  }
+
+  // A NaN stays one, as in torch.maximum.
+  static SPARSEADAM_INLINE Moment larger(Moment found, Moment largest) {
+    return found > largest || found != found ? found : largest;
+  }
+
+  SPARSEADAM_INLINE void store_weights(Element* table, uint32_t key) const {
+    if (!memory_.stochastic_rounding) {
+      for (int64_t i = 0; i < memory_.width; ++i) narrow(weights_[i], &table[i]);
+      return;
+    }
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      narrow_stochastic(weights_[i], random_bits(key, Rounded::kTable, static_cast<uint32_t>(i)), &table[i]);
+    }
+  }
+
+  const TableMemory& memory_;
+  const MomentMemory& moments_;
+  const StepScalars& step_scalars_;
+  Moment* weights_;
+  Moment* denoms_;
+  Moment* exp_avg_;
+  Moment* exp_avg_sq_;
+};
 
 template <class Element, class Moment>
 SPARSEADAM_INLINE void add_values(Moment* __restrict__ sum, const Element* __restrict__ values, int64_t width) {
   for (int64_t i = 0; i < width; ++i) sum[i] += widen(values[i]);
 }
 
-template <class Element, class Moment>
-SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& step_scalars,
+template <class Rows>
+SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& scalars,
                                    void* scratch) {
-  const Scalars<Moment> scalars(step_scalars);
+  using Element = typename Rows::Element;
+  using Moment = typename Rows::Moment;
+  const int64_t width = memory.width;
+  auto* sum = static_cast<Moment*>(scratch);
+  const Rows rows(memory, scalars, sum + width);
   const Partitioning& lookups = *run.lookups;
   const Entry* sorted = lookups.sorted();
   auto* table = static_cast<Element*>(memory.table);
-  auto* exp_avg = static_cast<Moment*>(memory.exp_avg);
-  auto* exp_avg_sq = static_cast<Moment*>(memory.exp_avg_sq);
   const auto* values = static_cast<const Element*>(memory.values);
-  auto* sum = static_cast<Moment*>(scratch);
-  const int64_t width = memory.width;
   const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
-  const auto moment_bytes = static_cast<int64_t>(sizeof(Moment)) * width;
   const int64_t ahead = row_bytes == 0
                             ? kMinPrefetchRows
                             : std::min(std::max(kPrefetchBytes / row_bytes, kMinPrefetchRows), kMaxPrefetchRows);
@@ -84,8 +345,7 @@ SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run,
   for (int64_t r = 0; r < run.num_rows; ++r) {
     if (r + ahead < run.num_rows && run.slots[r + ahead] >= 0) {
       prefetch(table + lookups.row_of(sorted[run.begins[r + ahead]]) * memory.table_stride, row_bytes);
-      prefetch(exp_avg + run.slots[r + ahead] * memory.moment_stride, moment_bytes);
-      prefetch(exp_avg_sq + run.slots[r + ahead] * memory.moment_stride, moment_bytes);
+      rows.prefetch_moments(run.slots[r + ahead]);
     }
     if (run.slots[r] < 0) continue;
     const int64_t begin = run.begins[r];
@@ -96,41 +356,66 @@ SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run,
       prefetch(values + lookups.position_of(later) * width, row_bytes);
       return values + lookups.position_of(sorted[entry]) * width;
     };
-    Element* row = table + lookups.row_of(sorted[begin]) * memory.table_stride;
-    Moment* first = exp_avg + run.slots[r] * memory.moment_stride;
-    Moment* second = exp_avg_sq + run.slots[r] * memory.moment_stride;
+    const int64_t row = lookups.row_of(sorted[begin]);
+    Element* weights = table + row * memory.table_stride;
     const Element* gradient = value_at(begin);
     if (end - begin == 1) {
-      update_row(row, first, second, gradient, width, scalars);
+      rows.update(weights, row, run.slots[r], gradient);
       continue;
     }
     for (int64_t i = 0; i < width; ++i) sum[i] = widen(gradient[i]);
     for (int64_t entry = begin + 1; entry < end; ++entry) add_values(sum, value_at(entry), width);
-    update_row(row, first, second, sum, width, scalars);
+    rows.update(weights, row, run.slots[r], sum);
   }
 }
 
-// One function per element type, for one instruction set.
-#define SPARSEADAM_VARIANT(NAME, TARGET)                                                                  \
+template <class Element, class Moment>
+SPARSEADAM_INLINE bool is_finite(const TableMemory& memory, const RowRun& run, int64_t r, void* scratch) {
+  const Partitioning& lookups = *run.lookups;
+  const auto* values = static_cast<const Element*>(memory.values);
+  auto* sum = static_cast<Moment*>(scratch);
+  const int64_t width = memory.width;
+  std::fill(sum, sum + width, Moment{0});
+  for (int64_t entry = run.begins[r]; entry < run.ends[r]; ++entry) {
+    add_values(sum, values + lookups.position_of(lookups.sorted()[entry]) * width, width);
+  }
+  int64_t num_bad = 0;
+  for (int64_t i = 0; i < width; ++i) num_bad += std::isfinite(sum[i]) ? 0 : 1;
+  return num_bad == 0;
+}
+
+// One function per kind of table, for one instruction set.
+#define SPARSEADAM_VARIANT(SET, TARGET)                                                                   \
+  template <class Rows>                                                                                   \
+  TARGET void update_rows_##SET(const TableMemory& memory, const RowRun& run, const StepScalars& scalars, \
+                                void* scratch) {                                                          \
+    update_rows<Rows>(memory, run, scalars, scratch);                                                     \
+  }                                                                                                       \
   template <class Element, class Moment>                                                                  \
-  TARGET void NAME(const TableMemory& memory, const RowRun& run, const StepScalars& scalars, void* sum) { \
-    update_rows<Element, Moment>(memory, run, scalars, sum);                                              \
+  TARGET bool is_finite_##SET(const TableMemory& memory, const RowRun& run, int64_t r, void* scratch) {   \
+    return is_finite<Element, Moment>(memory, run, r, scratch);                                           \
   }
 
-SPARSEADAM_VARIANT(update_rows_portable, )
+SPARSEADAM_VARIANT(portable, )
 #if defined(SPARSEADAM_X86)
-SPARSEADAM_VARIANT(update_rows_avx2, __attribute__((target("avx2,f16c"))))
-SPARSEADAM_VARIANT(update_rows_avx512,
+SPARSEADAM_VARIANT(avx2, __attribute__((target("avx2,f16c"))))
+SPARSEADAM_VARIANT(avx512,
                    __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
 #endif
 
 template <class Element, class Moment>
-UpdateRows choose(InstructionSet instruction_set) {
+RowKernels choose(bool is_plain, InstructionSet instruction_set) {
+  using Plain = PlainRows<Element, Moment>;
+  using Any = AnyRows<Element, Moment>;
 #if defined(SPARSEADAM_X86)
-  if (instruction_set == InstructionSet::kAvx512) return update_rows_avx512<Element, Moment>;
-  if (instruction_set == InstructionSet::kAvx2) return update_rows_avx2<Element, Moment>;
+  if (instruction_set == InstructionSet::kAvx512) {
+    return {is_plain ? update_rows_avx512<Plain> : update_rows_avx512<Any>, is_finite_avx512<Element, Moment>};
+  }
+  if (instruction_set == InstructionSet::kAvx2) {
+    return {is_plain ? update_rows_avx2<Plain> : update_rows_avx2<Any>, is_finite_avx2<Element, Moment>};
+  }
 #endif
-  return update_rows_portable<Element, Moment>;
+  return {is_plain ? update_rows_portable<Plain> : update_rows_portable<Any>, is_finite_portable<Element, Moment>};
 }
 
 }  // namespace
@@ -150,22 +435,26 @@ std::vector<InstructionSet> instruction_sets() {
   return found;
 }
 
-UpdateRows update_rows_for(ElementType element, InstructionSet instruction_set) {
+RowKernels row_kernels_for(ElementType element, const MomentMemory& moments, bool stochastic_rounding,
+                           InstructionSet instruction_set) {
+  const bool is_plain = moments.type == MomentType::kOwn && !moments.one_exp_avg_sq_a_row &&
+                        moments.max_exp_avg_sq == nullptr && moments.row_steps == nullptr &&
+                        moments.paid_log_decay == nullptr && !stochastic_rounding;
   switch (element) {
     case ElementType::kFloat32:
-      return choose<float, float>(instruction_set);
+      return choose<float, float>(is_plain, instruction_set);
     case ElementType::kFloat64:
-      return choose<double, double>(instruction_set);
+      return choose<double, double>(is_plain, instruction_set);
     case ElementType::kBFloat16:
-      return choose<BFloat16, float>(instruction_set);
+      return choose<BFloat16, float>(is_plain, instruction_set);
     case ElementType::kFloat16:
 #if defined(SPARSEADAM_HAS_FLOAT16)
-      return choose<Float16, float>(instruction_set);
+      return choose<Float16, float>(is_plain, instruction_set);
 #else
-      return nullptr;
+      return {};
 #endif
   }
-  return nullptr;
+  return {};
 }
 
 }  // namespace sparseadam

@@ -4,10 +4,17 @@
 //
 //   exp_avg    = beta1 * exp_avg    + (1 - beta1) * g
 //   exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
-//   table     -= step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)
+//   table      = decay * table - step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)
 //
 // which is Kingma & Ba (2015), Algorithm 1, with step_size = lr / (1 - beta1**t) and root_scale = 1 / sqrt(1 -
-// beta2**t). The scalars come from the caller, computed in double; they are rounded once to the type of the moments.
+// beta2**t), and Loshchilov & Hutter's (2019) decoupled weight decay. The scalars come from the caller, computed in
+// double; they are rounded once to the type of the moments. A table's options change the formula thus:
+//
+//   one second moment a row   the mean of g * g over the row takes the place of g * g (FBGEMM's "partial row-wise
+//   Adam") AMSGrad                   the root is of the largest exp_avg_sq so far (Reddi et al., 2018) a row's own
+//   correction    t is the row's count of touches; step_size and root_scale are computed for each row owed decay decay
+//   is exp(log_decay - paid), all that the row missed and this step's own moments of fewer bits     decoded before and
+//   encoded after, by stochastic rounding (rounding.h)
 //
 // Accumulation is in the type of the moments: double for double tables, float for all others. The code is plain loops,
 // compiled once per instruction set; contraction is off, so every instruction set gives the same bits.
@@ -39,6 +46,32 @@ struct StepScalars {
   double beta1, one_minus_beta1;  // one_minus_beta1 carries the sign of `maximize`: climbing negates g
   double beta2, one_minus_beta2;
   double step_size, root_scale, eps;
+  double decay;       // of touched rows
+  double lr;          // for rows with corrections of their own
+  double torch_eps;   // 1 where eps stands before the correction, which only such rows need to be told
+  double log_decay;   // what this step adds to what rows owe, where they pay all that they missed; else 0
+  double seed, step;  // for random bits; whole numbers below 2**53
+};
+
+// How the elements of the moments are stored: in their own type, which is double for double tables and else float, as
+// bfloat16, or as 8-bit codes with a scale for each block of a row.
+enum class MomentType { kOwn, kBFloat16, kCode8 };
+
+// Where the moments of a table are and which there are; nullptr for those that its options do without. Strides are in
+// elements, from slot to slot. A second moment a row is of the moments' own type.
+struct MomentMemory {
+  MomentType type;
+  bool one_exp_avg_sq_a_row;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;
+  int64_t exp_avg_stride;
+  int64_t exp_avg_sq_stride;  // of max_exp_avg_sq too
+  float* exp_avg_scale;       // [.., num_blocks]
+  float* exp_avg_sq_scale;
+  int64_t scale_stride;
+  int32_t* row_steps;      // touches of each slot
+  double* paid_log_decay;  // of each slot
 };
 
 // A table, its moments and its gradient's values, as raw memory. Strides are in elements; a row's elements are
@@ -46,11 +79,12 @@ struct StepScalars {
 struct TableMemory {
   void* table;
   int64_t table_stride;
-  void* exp_avg;
-  void* exp_avg_sq;
-  int64_t moment_stride;
-  const void* values;  // [num_lookups, width]
+  MomentMemory moments;
+  bool stochastic_rounding;  // of the table
+  const void* values;        // [num_lookups, width]
   int64_t width;
+  uint64_t random_key;  // of the table's step
+  double log_decay;     // what a row owes that has paid nothing, this step included
 };
 
 // Rows to update: row r of the run has the lookups sorted[begins[r]] .. sorted[ends[r] - 1] and the moments at
@@ -63,13 +97,23 @@ struct RowRun {
   int64_t num_rows;
 };
 
-// Updates the rows of a run. `sum` is scratch for `width` elements of the moments' type.
-using UpdateRows = void (*)(const TableMemory&, const RowRun&, const StepScalars&, void* sum);
+// Updates the rows of a run. `scratch` has room for kScratchRows * width doubles.
+using UpdateRows = void (*)(const TableMemory&, const RowRun&, const StepScalars&, void* scratch);
+constexpr int64_t kScratchRows = 5;
+
+// Whether the summed gradient of row r of a run is finite. `scratch` as above.
+using IsFinite = bool (*)(const TableMemory&, const RowRun&, int64_t r, void* scratch);
+
+struct RowKernels {
+  UpdateRows update_rows;
+  IsFinite is_finite;
+};
 
 // The instruction sets that this build has and this processor can run, slowest first.
 std::vector<InstructionSet> instruction_sets();
 
-// The function for a table's element type, or nullptr where this build has none.
-UpdateRows update_rows_for(ElementType element, InstructionSet instruction_set);
+// The functions for a table, or nullptrs where this build has none for its type of elements.
+RowKernels row_kernels_for(ElementType element, const MomentMemory& moments, bool stochastic_rounding,
+                           InstructionSet instruction_set);
 
 }  // namespace sparseadam

@@ -63,11 +63,40 @@ bool is_contiguous(const nb::dlpack::dltensor& tensor) {
 
 void* memory_of(const nb::dlpack::dltensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
+enum Counter { kStep, kNumSlots, kNumSkipped };
+int64_t* counter_at(const Counters& counters, Counter which) {
+  return reinterpret_cast<int64_t*>(counters.first) + which;  // NOLINT: an address that Python gave
+}
+double* log_decay_at(const Counters& counters) {
+  return reinterpret_cast<double*>(counters.second);  // NOLINT: as above
+}
+
 bool is_same_dtype(nb::dlpack::dtype a, nb::dlpack::dtype b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
 }  // namespace
+
+TableStep make_table_step(const Table& table, const int64_t* indices, const void* values, int64_t num_lookups,
+                          const ScalarArray& s, const Counters& counters) {
+  const StepScalars scalars{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
+  return {&table,
+          indices,
+          values,
+          num_lookups,
+          scalars,
+          static_cast<NonFinite>(static_cast<int>(s[13])),
+          *counter_at(counters, kNumSlots),
+          *counter_at(counters, kNumSkipped),
+          *log_decay_at(counters)};
+}
+
+void advance(const Counters& counters, const TableStep& done) {
+  *counter_at(counters, kStep) += 1;
+  *counter_at(counters, kNumSlots) = done.num_slots;
+  *counter_at(counters, kNumSkipped) = done.num_skipped;
+  *log_decay_at(counters) = done.log_decay;
+}
 
 // The last numbers asked for are kept: the tables of a group are mostly at the same step.
 struct SteadyStep::Reading {
@@ -76,12 +105,11 @@ struct SteadyStep::Reading {
   std::vector<nb::object> gradients;  // keep alive what `steps` point to
   nb::handle scalars_at;
   int64_t scalars_step = 0;
-  StepScalars scalars{};
+  ScalarArray scalars{};
 
-  const StepScalars& at_step(int64_t step) {
+  const ScalarArray& at_step(int64_t step) {
     if (step != scalars_step) {
-      const auto s = nb::cast<std::array<double, 7>>(nb::borrow<nb::callable>(scalars_at)(step));
-      scalars = {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+      scalars = nb::cast<ScalarArray>(nb::borrow<nb::callable>(scalars_at)(step));
       scalars_step = step;
     }
     return scalars;
@@ -103,7 +131,8 @@ bool SteadyStep::Look::fits(const nb::dlpack::dltensor& tensor) const {
          std::equal(strides.begin(), strides.end(), tensor.strides);
 }
 
-void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object native_table, int64_t* counters) {
+void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object native_table,
+                           const Counters& counters) {
   nb::dlpack::dltensor tensor;
   if (read_tensor_(parameter.ptr(), &tensor) != 0) throw nb::python_error();
   const auto* table = nb::cast<const Table*>(native_table);
@@ -115,7 +144,7 @@ void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object 
 }
 
 void SteadyStep::add_idle(nb::object parameter) {
-  groups_.back().push_back({std::move(parameter), {}, {}, nullptr, nullptr, {}});
+  groups_.back().push_back({std::move(parameter), {}, {}, nullptr, {}, {}});
 }
 
 bool SteadyStep::read_group(const std::vector<Parameter>& group, nb::dict state, nb::handle parameters,
@@ -150,18 +179,15 @@ bool SteadyStep::read_table(const Parameter& parameter, nb::handle gradient, Rea
   // collector.
   const nb::object indices = call_method(gradient, names().indices);
   const nb::object values = indices.is_valid() ? call_method(gradient, names().values) : nb::object();
-  TableStep step{};
-  if (!values.is_valid() || !read_lookups(parameter, indices, values, step)) return false;
-  step.table = parameter.table;
-  step.num_slots = parameter.counters[1];
-  step.scalars = reading.at_step(parameter.counters[0] + 1);
-  reading.steps.push_back(step);
+  if (!values.is_valid()) return false;
+  const int64_t next_step = *counter_at(parameter.counters, kStep) + 1;
+  if (!read_lookups(parameter, indices, values, reading.at_step(next_step), reading)) return false;
   reading.parameters.push_back(&parameter);
   return true;
 }
 
 bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb::handle values,
-                              TableStep& step) const {
+                              const ScalarArray& scalars, Reading& reading) const {
   nb::dlpack::dltensor index, value;
   if (read_tensor_(indices.ptr(), &index) != 0 || read_tensor_(values.ptr(), &value) != 0) {
     PyErr_Clear();
@@ -176,9 +202,8 @@ bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb
       value.shape[0] == index.shape[1] &&
       std::equal(look.shape.begin() + static_cast<int64_t>(sparse_dim), look.shape.end(), value.shape + 1);
   if (!fits || !Partitioning::fits(parameter.table->num_rows, index.shape[1])) return false;
-  step.indices = static_cast<const int64_t*>(memory_of(index));
-  step.values = memory_of(value);
-  step.num_lookups = index.shape[1];
+  reading.steps.push_back(make_table_step(*parameter.table, static_cast<const int64_t*>(memory_of(index)),
+                                          memory_of(value), index.shape[1], scalars, parameter.counters));
   return true;
 }
 
@@ -189,17 +214,16 @@ nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at,
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (!read_group(groups_[g], state, groups[g], scalars_at[g], reading)) return nb::none();
   }
-  BadLookup bad;
+  Fault fault;
   {
     const nb::gil_scoped_release release;
-    bad = step(reading.steps, instruction_set, num_threads);
+    fault = step(reading.steps, instruction_set, num_threads);
   }
-  if (bad.table >= 0) return nb::none();
+  if (fault.table >= 0) return nb::none();
   nb::list written;
   for (size_t i = 0; i < reading.steps.size(); ++i) {
     const Parameter& parameter = *reading.parameters[i];
-    parameter.counters[0] += 1;
-    parameter.counters[1] = reading.steps[i].num_slots;
+    advance(parameter.counters, reading.steps[i]);
     if (reading.steps[i].num_lookups > 0) written.append(parameter.object);
   }
   return written;

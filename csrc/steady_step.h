@@ -10,7 +10,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <array>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "step.h"
@@ -23,16 +25,26 @@ using ReadTensor = int (*)(void* tensor, nanobind::dlpack::dltensor* out);
 // The reader that a tensor type offers, or nullptr.
 ReadTensor find_reader(nanobind::handle tensor_type);
 
+// The numbers of a table's step as Python gives them: the fields of StepScalars in their order, then NonFinite.
+using ScalarArray = std::array<double, 14>;
+// Addresses of a table's counters: step, num_slots and num_skipped as three int64, and log_decay as a double.
+using Counters = std::pair<uintptr_t, uintptr_t>;
+
+TableStep make_table_step(const Table& table, const int64_t* indices, const void* values, int64_t num_lookups,
+                          const ScalarArray& scalars, const Counters& counters);
+// After a step.
+void advance(const Counters& counters, const TableStep& done);
+
 class SteadyStep {
  public:
   explicit SteadyStep(ReadTensor read_tensor) : read_tensor_(read_tensor) {}
 
   void add_group() { groups_.emplace_back(); }
 
-  // Append a parameter to the last group: one that has moments, of which `counters` are the step and the slots in use,
-  // or one that has none, which must not have a gradient either when the step is taken.
+  // Append a parameter to the last group: one that has moments, or one that has none, which must not have a gradient
+  // either when the step is taken.
   void add_table(nanobind::object parameter, nanobind::object moments, nanobind::object native_table,
-                 int64_t* counters);
+                 const Counters& counters);
   void add_idle(nanobind::object parameter);
 
   // Steps all tables that have a gradient and returns the parameters that were written, or None where something is not
@@ -52,7 +64,7 @@ class SteadyStep {
   struct Parameter {
     nanobind::object object, moments, native_table;
     const Table* table = nullptr;
-    int64_t* counters = nullptr;
+    Counters counters{};
     Look look;
   };
   struct Reading;  // what a run collects
@@ -61,7 +73,7 @@ class SteadyStep {
                   nanobind::handle scalars_at, Reading& reading) const;
   bool read_table(const Parameter& parameter, nanobind::handle gradient, Reading& reading) const;
   bool read_lookups(const Parameter& parameter, nanobind::handle indices, nanobind::handle values,
-                    TableStep& step) const;
+                    const ScalarArray& scalars, Reading& reading) const;
 
   ReadTensor read_tensor_;
   std::vector<std::vector<Parameter>> groups_;

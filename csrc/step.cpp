@@ -6,6 +6,7 @@
 
 #include "arena.h"
 #include "partition.h"
+#include "rounding.h"
 #include "thread_team.h"
 
 namespace sparseadam {
@@ -15,21 +16,26 @@ namespace {
 // Below this many bytes of values a second thread costs more than it brings: waking it takes tens of microseconds.
 constexpr int64_t kMinBytesPerThread = 128 * 1024;
 constexpr int64_t kSlotPrefetchDistance = 16;
+// Rows that an error names.
+constexpr size_t kRowsNamed = 5;
 
 // What one thread needs while it walks a partition.
 struct ThreadScratch {
   std::vector<Entry> entries;
   std::vector<int64_t> slots;
-  std::vector<double> sum;  // doubles, so that it is aligned for, and large enough for, either type of moments
+  std::vector<double> rows;  // doubles, so that it is aligned for, and large enough for, either type of moments
 };
 
 // What one table needs during a step. `begins` and `ends` delimit the rows of each partition in the sorted lookups;
-// once a partition is walked, its part of both holds the new rows that wait for their slots.
+// once a partition is walked, its part of both holds the new rows that wait for their slots. Sorted lookups are
+// kept where rows are looked at before the walk.
 struct TableScratch {
   Partitioning lookups;
   uint32_t* begins;
   uint32_t* ends;
   int64_t* num_new_rows;  // per partition; then the first slot of its new rows
+  int64_t* num_skipped;   // per partition
+  bool is_sorted;
 };
 
 struct Task {
@@ -109,8 +115,10 @@ void prefetch_slot(const Table& table, int64_t row) {
 
 TableMemory memory_of(const TableStep& step) {
   const Table& table = *step.table;
-  return {table.table,         table.table_stride, table.exp_avg, table.exp_avg_sq,
-          table.moment_stride, step.values,        table.width};
+  const uint64_t key =
+      step_key(static_cast<uint64_t>(step.scalars.seed), table.stream, static_cast<uint64_t>(step.scalars.step));
+  return {table.table, table.table_stride, table.moments, table.stochastic_rounding,
+          step.values, table.width,        key,           step.log_decay + step.scalars.log_decay};
 }
 
 // Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
@@ -135,19 +143,40 @@ int64_t find_rows(const Table& table, const TableScratch& scratch, int64_t parti
   return num_rows;
 }
 
+// Takes rows whose gradient is not finite out of a run; returns how many.
+int64_t drop_nonfinite_rows(const TableStep& step, const RowRun& run, uint32_t* begins, uint32_t* ends, int64_t* slots,
+                            IsFinite is_finite, void* scratch) {
+  const TableMemory memory = memory_of(step);
+  int64_t num_kept = 0;
+  for (int64_t r = 0; r < run.num_rows; ++r) {
+    if (!is_finite(memory, run, r, scratch)) continue;
+    begins[num_kept] = begins[r];
+    ends[num_kept] = ends[r];
+    slots[num_kept] = slots[r];
+    ++num_kept;
+  }
+  return run.num_rows - num_kept;
+}
+
 // Sorts a partition, updates its rows that have a slot and sets the new ones aside.
-void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, UpdateRows update_rows,
+void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                     ThreadScratch& thread) {
-  scratch.lookups.sort_partition(partition, thread.entries.data());
+  if (!scratch.is_sorted) scratch.lookups.sort_partition(partition, thread.entries.data());
   uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
   uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
-  const int64_t num_rows = find_rows(*step.table, scratch, partition, begins, ends, thread.slots.data());
-  const RowRun run{&scratch.lookups, begins, ends, thread.slots.data(), num_rows};
-  update_rows(memory_of(step), run, step.scalars, thread.sum.data());
+  int64_t* slots = thread.slots.data();
+  RowRun run{&scratch.lookups, begins, ends, slots, find_rows(*step.table, scratch, partition, begins, ends, slots)};
+  scratch.num_skipped[partition] = 0;
+  if (step.nonfinite == NonFinite::kSkip) {
+    scratch.num_skipped[partition] =
+        drop_nonfinite_rows(step, run, begins, ends, slots, kernels.is_finite, thread.rows.data());
+    run.num_rows -= scratch.num_skipped[partition];
+  }
+  kernels.update_rows(memory_of(step), run, step.scalars, thread.rows.data());
 
   int64_t num_new_rows = 0;
-  for (int64_t r = 0; r < num_rows; ++r) {
-    if (thread.slots[static_cast<size_t>(r)] >= 0) continue;
+  for (int64_t r = 0; r < run.num_rows; ++r) {
+    if (slots[r] >= 0) continue;
     begins[num_new_rows] = begins[r];
     ends[num_new_rows] = ends[r];
     ++num_new_rows;
@@ -155,9 +184,26 @@ void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partit
   scratch.num_new_rows[partition] = num_new_rows;
 }
 
+// The first rows of a sorted partition whose gradient is not finite, up to kRowsNamed.
+std::vector<int64_t> find_nonfinite_rows(const TableStep& step, TableScratch& scratch, int64_t partition,
+                                         const RowKernels& kernels, ThreadScratch& thread) {
+  uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
+  uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
+  int64_t* slots = thread.slots.data();
+  const RowRun run{&scratch.lookups, begins, ends, slots,
+                   find_rows(*step.table, scratch, partition, begins, ends, slots)};
+  const TableMemory memory = memory_of(step);
+  std::vector<int64_t> found;
+  for (int64_t r = 0; r < run.num_rows && found.size() < kRowsNamed; ++r) {
+    if (kernels.is_finite(memory, run, r, thread.rows.data())) continue;
+    found.push_back(scratch.lookups.row_of(scratch.lookups.sorted()[begins[r]]));
+  }
+  return found;
+}
+
 // Gives slots to a partition's new rows, in row order from `first_slot`, and updates them.
 void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partition, int64_t first_slot,
-                   int64_t num_new_rows, UpdateRows update_rows, ThreadScratch& thread) {
+                   int64_t num_new_rows, const RowKernels& kernels, ThreadScratch& thread) {
   const Table& table = *step.table;
   const Partitioning& lookups = scratch.lookups;
   const uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
@@ -169,7 +215,7 @@ void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partiti
     write_slot(table, row, first_slot + r);
   }
   const RowRun run{&lookups, begins, ends, thread.slots.data(), num_new_rows};
-  update_rows(memory_of(step), run, step.scalars, thread.sum.data());
+  kernels.update_rows(memory_of(step), run, step.scalars, thread.rows.data());
 }
 
 // Whether the address ranges of two tables overlap. Views of one tensor may; updated at the same time, their result
@@ -218,6 +264,8 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
     scratch.begins = workspace.arena.take<uint32_t>(step.num_lookups);
     scratch.ends = workspace.arena.take<uint32_t>(step.num_lookups);
     scratch.num_new_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
+    scratch.num_skipped = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
+    scratch.is_sorted = false;
     const auto table_index = static_cast<int64_t>(t);
     for (int64_t c = 0; c < scratch.lookups.num_chunks(); ++c) workspace.chunks.push_back({table_index, c});
     for (int64_t p = 0; p < scratch.lookups.num_partitions(); ++p) workspace.partitions.push_back({table_index, p});
@@ -225,8 +273,8 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
   workspace.bad.assign(workspace.chunks.size(), BadIndex{});
 }
 
-// Checks and partitions all lookups; returns the first bad one in the order of tables and lookups.
-BadLookup partition_lookups(Workspace& workspace, Team& team) {
+// Checks and partitions all lookups; finds the first bad index in the order of tables and lookups.
+Fault partition_lookups(Workspace& workspace, Team& team) {
   auto partition_chunk = [&](int64_t index, int) {
     const auto i = static_cast<size_t>(index);
     const Task& task = workspace.chunks[i];
@@ -234,7 +282,7 @@ BadLookup partition_lookups(Workspace& workspace, Team& team) {
   };
   team.for_each(static_cast<int64_t>(workspace.chunks.size()), partition_chunk);
   for (size_t i = 0; i < workspace.bad.size(); ++i) {
-    if (workspace.bad[i].lookup >= 0) return {workspace.chunks[i].table, workspace.bad[i]};
+    if (workspace.bad[i].lookup >= 0) return {workspace.chunks[i].table, workspace.bad[i], {}};
   }
   return {};
 }
@@ -253,39 +301,80 @@ void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace)
   for (ThreadScratch& thread : workspace.threads) {
     grow(thread.entries, largest_partition);
     grow(thread.slots, largest_partition);
-    grow(thread.sum, largest_width);
+    grow(thread.rows, kScratchRows * largest_width);
   }
 }
 
-// Turns each partition's count of new rows into its first new slot; returns how many new rows there are in all.
+// Looks at the gradients of tables that refuse what is not finite, before anything is written.
+Fault look_for_nonfinite_rows(const std::vector<TableStep>& tables, const std::vector<RowKernels>& kernels,
+                              Workspace& workspace, Team& team) {
+  std::vector<Task> tasks;
+  for (const Task& task : workspace.partitions) {
+    if (tables[static_cast<size_t>(task.table)].nonfinite == NonFinite::kRefuse) tasks.push_back(task);
+  }
+  std::vector<std::vector<int64_t>> found(tasks.size());
+  auto look = [&](int64_t index, int thread) {
+    const Task& task = tasks[static_cast<size_t>(index)];
+    const auto t = static_cast<size_t>(task.table);
+    ThreadScratch& scratch = workspace.threads[static_cast<size_t>(thread)];
+    workspace.tables[t].lookups.sort_partition(task.part, scratch.entries.data());
+    found[static_cast<size_t>(index)] =
+        find_nonfinite_rows(tables[t], workspace.tables[t], task.part, kernels[t], scratch);
+  };
+  team.for_each(static_cast<int64_t>(tasks.size()), look);
+  Fault fault;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    workspace.tables[static_cast<size_t>(tasks[i].table)].is_sorted = true;
+    if (found[i].empty() || (fault.table >= 0 && fault.table != tasks[i].table)) continue;
+    fault.table = tasks[i].table;
+    for (const int64_t row : found[i]) {
+      if (fault.rows.size() < kRowsNamed) fault.rows.push_back(row);
+    }
+  }
+  return fault;
+}
+
+// Turns each partition's count of new rows into its first new slot and adds up what the tables' counters say; returns
+// how many new rows there are in all.
 int64_t assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace, std::vector<int64_t>& counts) {
   int64_t total = 0;
   for (size_t i = 0; i < workspace.partitions.size(); ++i) {
     const Task& task = workspace.partitions[i];
     TableStep& step = tables[static_cast<size_t>(task.table)];
-    int64_t& new_rows = workspace.tables[static_cast<size_t>(task.table)].num_new_rows[task.part];
+    TableScratch& scratch = workspace.tables[static_cast<size_t>(task.table)];
+    int64_t& new_rows = scratch.num_new_rows[task.part];
     counts[i] = new_rows;
     total += new_rows;
     new_rows = step.num_slots;
     step.num_slots += counts[i];
+    step.num_skipped += scratch.num_skipped[task.part];
   }
   return total;
 }
 
-BadLookup step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instruction_set, Workspace& workspace) {
-  const BadLookup bad = partition_lookups(workspace, team);
-  if (bad.table >= 0) return bad;
+Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instruction_set, Workspace& workspace) {
+  Fault fault = partition_lookups(workspace, team);
+  if (fault.table >= 0) return fault;
   reserve_threads(tables, workspace);
 
-  std::vector<UpdateRows> update_rows;
-  for (const TableStep& step : tables) update_rows.push_back(update_rows_for(step.table->element, instruction_set));
+  std::vector<RowKernels> kernels;
+  bool refuses_nonfinite = false;
+  for (const TableStep& step : tables) {
+    const Table& table = *step.table;
+    kernels.push_back(row_kernels_for(table.element, table.moments, table.stochastic_rounding, instruction_set));
+    refuses_nonfinite |= step.nonfinite == NonFinite::kRefuse;
+  }
+  if (refuses_nonfinite) {
+    fault = look_for_nonfinite_rows(tables, kernels, workspace, team);
+    if (fault.table >= 0) return fault;
+  }
   const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
   std::vector<int64_t> num_new_rows(workspace.partitions.size());
 
   auto walk = [&](int64_t index, int thread) {
     const Task& task = workspace.partitions[static_cast<size_t>(index)];
     const auto t = static_cast<size_t>(task.table);
-    walk_partition(tables[t], workspace.tables[t], task.part, update_rows[t],
+    walk_partition(tables[t], workspace.tables[t], task.part, kernels[t],
                    workspace.threads[static_cast<size_t>(thread)]);
   };
   team.for_each(num_partitions, walk);
@@ -297,7 +386,7 @@ BadLookup step_with(Team& team, std::vector<TableStep>& tables, InstructionSet i
     const Task& task = workspace.partitions[i];
     const auto t = static_cast<size_t>(task.table);
     TableScratch& scratch = workspace.tables[t];
-    walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[task.part], num_new_rows[i], update_rows[t],
+    walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[task.part], num_new_rows[i], kernels[t],
                   workspace.threads[static_cast<size_t>(thread)]);
   };
   team.for_each(num_partitions, walk_new);
@@ -306,14 +395,17 @@ BadLookup step_with(Team& team, std::vector<TableStep>& tables, InstructionSet i
 
 }  // namespace
 
-BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
+Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
   BorrowedWorkspace borrowed;
   const int num_threads = choose_num_threads(tables, max_threads);
   plan(tables, num_threads, *borrowed);
-  BadLookup bad;
-  auto run = [&](Team& team) { bad = step_with(team, tables, instruction_set, *borrowed); };
+  Fault fault;
+  auto run = [&](Team& team) { fault = step_with(team, tables, instruction_set, *borrowed); };
   with_team(num_threads, run);
-  return bad;
+  if (fault.table < 0) {
+    for (TableStep& table : tables) table.log_decay += table.scalars.log_decay;
+  }
+  return fault;
 }
 
 }  // namespace sparseadam

@@ -16,13 +16,17 @@ struct Table {
   std::vector<int64_t> sparse_shape;
   int64_t num_rows;
   int64_t width;
-  void* exp_avg;
-  void* exp_avg_sq;
-  int64_t moment_stride;
+  MomentMemory moments;
   void* slot_of_row;  // [num_rows], int32, or int64 where wide_slots
   bool wide_slots;
   int64_t* rows;  // [capacity], the row of each slot
+  bool stochastic_rounding;
+  uint64_t stream;  // tells the table's random bits from other tables'
 };
+
+// What to do about rows whose summed gradient has an infinity or a NaN: update them, refuse the step, or leave them as
+// they are.
+enum class NonFinite { kPropagate, kRefuse, kSkip };
 
 // One table's part in a step.
 struct TableStep {
@@ -30,19 +34,24 @@ struct TableStep {
   const int64_t* indices;  // [sparse_dim, num_lookups]
   const void* values;      // [num_lookups, width]
   int64_t num_lookups;
-  int64_t num_slots;  // in: slots in use before the step; out: after it
   StepScalars scalars;
+  NonFinite nonfinite;
+  // In: as before the step. Out: as after it.
+  int64_t num_slots;    // in use
+  int64_t num_skipped;  // rows left as they were, over all steps
+  double log_decay;     // owed by a row that has paid nothing
 };
 
-// The first bad index of a step, in the order of its tables; `table` is -1 where there is none.
-struct BadLookup {
+// Why a step was not taken, of the first table in their order that it cannot be taken for; `table` is -1 if it was.
+struct Fault {
   int64_t table = -1;
-  BadIndex at;
+  BadIndex bad_index;         // its first, if any
+  std::vector<int64_t> rows;  // else its first rows whose gradient is not finite, ascending
 };
 
-// Updates all tables in place, or none: with a bad index nothing has been written. The caller guarantees room for one
-// slot per touched row, that no table is there twice, and that Partitioning::fits each of them. Tables that overlap
-// (views of one tensor) are updated one after the other.
-BadLookup step(std::vector<TableStep>& tables, InstructionSet instruction_set, int num_threads);
+// Updates all tables in place, or none: with a fault nothing has been written. The caller guarantees room for one slot
+// per touched row, that no table is there twice, and that Partitioning::fits each of them. Tables that overlap (views
+// of one tensor) are updated one after the other.
+Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int num_threads);
 
 }  // namespace sparseadam

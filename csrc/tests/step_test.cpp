@@ -130,12 +130,14 @@ struct TableData {
   }
 
   Table view() {
-    return {table.data(),      spec.width,
-            spec.element,      spec.sparse_shape,
-            num_rows_of(spec), spec.width,
-            moments.data(),    moments.data() + static_cast<size_t>(spec.width) * moment_size(spec.element),
-            2 * spec.width,    slot_of_row.data(),
-            spec.wide_slots,   rows.data()};
+    MomentMemory memory{};
+    memory.exp_avg = moments.data();
+    memory.exp_avg_sq = moments.data() + static_cast<size_t>(spec.width) * moment_size(spec.element);
+    memory.exp_avg_stride = 2 * spec.width;
+    memory.exp_avg_sq_stride = 2 * spec.width;
+    return {table.data(),      spec.width,  spec.element, spec.sparse_shape,
+            num_rows_of(spec), spec.width,  memory,       slot_of_row.data(),
+            spec.wide_slots,   rows.data(), false,        0};
   }
 };
 
@@ -189,9 +191,10 @@ PreparedStep prepare(std::vector<TableData>& tables, const std::vector<Gradient>
   PreparedStep prepared;
   for (TableData& table : tables) prepared.views.push_back(table.view());
   for (size_t t = 0; t < tables.size(); ++t) {
-    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8};
+    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 1.0, 0.01, 0.0, 0.0, 0.0, 1.0};
     prepared.tables.push_back({&prepared.views[t], gradients[t].indices.data(), gradients[t].values.data(),
-                               tables[t].spec.num_lookups, tables[t].num_slots, scalars});
+                               tables[t].spec.num_lookups, scalars, NonFinite::kPropagate, tables[t].num_slots, 0,
+                               0.0});
   }
   return prepared;
 }
@@ -200,11 +203,11 @@ void keep_num_slots(const PreparedStep& prepared, std::vector<TableData>& tables
   for (size_t t = 0; t < tables.size(); ++t) tables[t].num_slots = prepared.tables[t].num_slots;
 }
 
-BadLookup step_tables(std::vector<TableData>& tables, const std::vector<Gradient>& gradients, InstructionSet set,
-                      int num_threads) {
+Fault step_tables(std::vector<TableData>& tables, const std::vector<Gradient>& gradients, InstructionSet set,
+                  int num_threads) {
   steps_alone.store(0);
   PreparedStep prepared = prepare(tables, gradients);
-  const BadLookup bad = step(prepared.tables, set, num_threads);
+  const Fault bad = step(prepared.tables, set, num_threads);
   keep_num_slots(prepared, tables);
   return bad;
 }
@@ -262,7 +265,7 @@ void run_steps(uint64_t seed, InstructionSet set, int num_threads, CheckStep che
   for (int number = 0; number < kNumSteps; ++number) {
     const std::vector<Gradient> gradients =
         make_gradients(specs, seed + 100 * static_cast<uint64_t>(number), reach_of(number));
-    const BadLookup bad = step_tables(tables, gradients, set, num_threads);
+    const Fault bad = step_tables(tables, gradients, set, num_threads);
     CHECK(bad.table == -1, "step %d found a bad index in table %d", number, static_cast<int>(bad.table));
     check_step(tables, number);
   }
@@ -331,10 +334,11 @@ void test_bad_index_changes_nothing() {
     bad_gradients.back().indices[static_cast<size_t>(num_lookups + num_lookups / 2)] = bad_index;
     bad_gradients.back().indices[static_cast<size_t>(num_lookups - 1)] = -7;
     for (const int num_threads : {1, 2, 7}) {
-      const BadLookup bad = step_tables(tables, bad_gradients, fastest, num_threads);
-      CHECK(bad.table == last && bad.at.lookup == num_lookups / 2 && bad.at.dim == 1 && bad.at.index == bad_index,
-            "found table %d, lookup %d, dim %d", static_cast<int>(bad.table), static_cast<int>(bad.at.lookup),
-            static_cast<int>(bad.at.dim));
+      const Fault bad = step_tables(tables, bad_gradients, fastest, num_threads);
+      CHECK(bad.table == last && bad.bad_index.lookup == num_lookups / 2 && bad.bad_index.dim == 1 &&
+                bad.bad_index.index == bad_index,
+            "found table %d, lookup %d, dim %d", static_cast<int>(bad.table), static_cast<int>(bad.bad_index.lookup),
+            static_cast<int>(bad.bad_index.dim));
       check_same(tables, before, "after a bad index");
     }
   }
@@ -443,8 +447,7 @@ void list_cases() {
 
 // Counting is switched on where this function is entered and off where it is left (callgrind's --toggle-collect), so
 // it has a plain name and is never inlined.
-extern "C" __attribute__((noinline)) void counted_call(std::vector<TableStep>* tables, InstructionSet set,
-                                                       BadLookup* bad) {
+extern "C" __attribute__((noinline)) void counted_call(std::vector<TableStep>* tables, InstructionSet set, Fault* bad) {
   *bad = step(*tables, set, 1);
 }
 
@@ -460,7 +463,7 @@ void call(const Case& called, InstructionSet set) {
   if (called.is_index_bad) gradients.back().indices.back() = -1;
 
   PreparedStep prepared = prepare(tables, gradients);
-  BadLookup bad;
+  Fault bad;
   counted_call(&prepared.tables, set, &bad);
   CHECK((bad.table >= 0) == called.is_index_bad, "table %d", static_cast<int>(bad.table));
 }

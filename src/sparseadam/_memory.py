@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,19 +27,31 @@ _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _GROWTH = 1.5
 
 
-class MomentMemory(Protocol):
-    """Slots of two moments and a row number each; slots in use come first, new ones are zero."""
+class Part(NamedTuple):
+    """One of the things kept for each slot.
+
+    Parts of the same ``record`` have the same shape and dtype and lie side by side where the memory can do that: one
+    page walk then finds them all.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    record: str
+
+
+class SlotMemory(Protocol):
+    """Slots of several parts; slots in use come first, new ones are zero."""
 
     capacity: int
 
     def grow(self, num_slots: int) -> None:
         """Make room for at least ``num_slots`` slots; what is stored stays."""
 
-    def moments(self, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Return ``exp_avg`` and ``exp_avg_sq`` of the first slots, each ``[num_slots, *row_shape]``."""
+    def part(self, name: str, num_slots: int) -> Tensor:
+        """Return a part of the first slots, ``[num_slots, *part.shape]``."""
 
-    def rows(self, num_slots: int) -> Tensor:
-        """Return the row of each of the first slots, int64 ``[num_slots]``."""
+    def all_parts(self, num_slots: int) -> dict[str, Tensor]:
+        """Return all parts of the first slots; those of one record share a storage, which a file then holds once."""
 
 
 class ReservedArray:
@@ -77,53 +89,59 @@ class ReservedArray:
 
 
 class ReservedMemory:
-    """Moments in reserved address space, the two of a slot side by side: one page walk finds both."""
+    """Slots in reserved address space, a slot for each row of the table."""
 
-    def __init__(self, num_rows: int, row_shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, num_rows: int, parts: Mapping[str, Part]) -> None:
         """Reserve a slot for each of ``num_rows`` rows."""
         self.capacity = num_rows
-        self._row_shape = tuple(row_shape)
-        self._records = ReservedArray(2 * num_rows * math.prod(row_shape), dtype, huge_pages=True)
-        self._rows = ReservedArray(num_rows, torch.int64)
+        self._records: dict[str, ReservedArray] = {}
+        self._places: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for record in dict.fromkeys(part.record for part in parts.values()):
+            names = [name for name, part in parts.items() if part.record == record]
+            first = parts[names[0]]
+            shape = (len(names), *first.shape)
+            array = ReservedArray(num_rows * math.prod(shape), first.dtype, huge_pages=True)
+            self._places.update((name, (record, shape, index)) for index, name in enumerate(names))
+            self._records[record] = array
 
     def grow(self, num_slots: int) -> None:
         """Do nothing: every slot that a table can need is reserved."""
 
-    def moments(self, num_slots: int) -> tuple[Tensor, Tensor]:
-        # Both are cut from one tensor: saved together, their storage is written once.
-        records = self._records.first((num_slots, 2, *self._row_shape))
-        return records[:, 0], records[:, 1]
+    def part(self, name: str, num_slots: int) -> Tensor:
+        record, shape, index = self._places[name]
+        return self._records[record].first((num_slots, *shape))[:, index]
 
-    def rows(self, num_slots: int) -> Tensor:
-        return self._rows.first((num_slots,))
+    def all_parts(self, num_slots: int) -> dict[str, Tensor]:
+        shapes = {record: shape for record, shape, _ in self._places.values()}
+        whole = {record: array.first((num_slots, *shapes[record])) for record, array in self._records.items()}
+        return {name: whole[record][:, index] for name, (record, _, index) in self._places.items()}
 
 
 class GrowingMemory:
-    """Moments in ordinary tensors that are reallocated as they grow."""
+    """Slots in ordinary tensors that are reallocated as they grow."""
 
-    def __init__(self, num_rows: int, row_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, num_rows: int, parts: Mapping[str, Part], device: torch.device) -> None:
         """Start without slots; there will never be more than ``num_rows``."""
         self.capacity = 0
         self._num_rows = num_rows
-        self._exp_avg = torch.zeros((0, *row_shape), dtype=dtype, device=device)
-        self._exp_avg_sq = torch.zeros_like(self._exp_avg)
-        self._rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._parts = {
+            name: torch.zeros((0, *part.shape), dtype=part.dtype, device=device) for name, part in parts.items()
+        }
 
     def grow(self, num_slots: int) -> None:
-        """Make room; at no time are there two copies of more than one of the two moments."""
+        """Make room; at no time are there two copies of more than one part."""
         if num_slots <= self.capacity:
             return
         capacity = min(max(num_slots, int(self.capacity * _GROWTH)), self._num_rows)
-        self._exp_avg = _enlarged(self._exp_avg, capacity)
-        self._exp_avg_sq = _enlarged(self._exp_avg_sq, capacity)
-        self._rows = _enlarged(self._rows, capacity)
+        for name, tensor in self._parts.items():
+            self._parts[name] = _enlarged(tensor, capacity)
         self.capacity = capacity
 
-    def moments(self, num_slots: int) -> tuple[Tensor, Tensor]:
-        return self._exp_avg[:num_slots], self._exp_avg_sq[:num_slots]
+    def part(self, name: str, num_slots: int) -> Tensor:
+        return self._parts[name][:num_slots]
 
-    def rows(self, num_slots: int) -> Tensor:
-        return self._rows[:num_slots]
+    def all_parts(self, num_slots: int) -> dict[str, Tensor]:
+        return {name: part[:num_slots] for name, part in self._parts.items()}
 
 
 def _enlarged(tensor: Tensor, capacity: int) -> Tensor:
@@ -132,14 +150,14 @@ def _enlarged(tensor: Tensor, capacity: int) -> Tensor:
     return larger
 
 
-def moment_memory(num_rows: int, row_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> MomentMemory:
-    """Return memory for the moments of a table: reserved where that can be had, else growing."""
+def slot_memory(num_rows: int, parts: Mapping[str, Part], device: torch.device) -> SlotMemory:
+    """Return memory for the slots of a table: reserved where that can be had, else growing."""
     if device.type == "cpu":
         try:
-            return ReservedMemory(num_rows, row_shape, dtype)
+            return ReservedMemory(num_rows, parts)
         except OSError:  # a limit on address space, or strict overcommit: grow by reallocation instead
             pass
-    return GrowingMemory(num_rows, row_shape, dtype, device)
+    return GrowingMemory(num_rows, parts, device)
 
 
 def zeros(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,10 +5,15 @@ The sparse Adam step on the CPU. Private: called by sparseadam.update.native alo
 from collections.abc import Sequence
 
 
+class MomentMemory:
+    """Where a table's moments are, by address; 0 for those it does without."""
+
+    def __init__(self, *, type: str, one_exp_avg_sq_a_row: bool, exp_avg: int, exp_avg_sq: int, max_exp_avg_sq: int, exp_avg_stride: int, exp_avg_sq_stride: int, exp_avg_scale: int, exp_avg_sq_scale: int, scale_stride: int, row_steps: int, paid_log_decay: int) -> None: ...
+
 class Table:
     """A table and its compact moments, by address."""
 
-    def __init__(self, *, table: int, table_stride: int, element_type: str, sparse_shape: Sequence[int], width: int, exp_avg: int, exp_avg_sq: int, moment_stride: int, slot_of_row: int, wide_slots: bool, rows: int) -> None: ...
+    def __init__(self, *, table: int, table_stride: int, element_type: str, sparse_shape: Sequence[int], width: int, moments: MomentMemory, slot_of_row: int, wide_slots: bool, rows: int, stochastic_rounding: bool, stream: int) -> None: ...
 
 def element_types() -> list[str]:
     """Names of the table dtypes that this build can update."""
@@ -19,10 +24,10 @@ def instruction_sets() -> list[str]:
 def fits(num_rows: int, num_lookups: int) -> bool:
     """Whether a step of this size fits the packed (row, position) entries."""
 
-def step(tables: Sequence[tuple[Table, int, int, int, int, Sequence[float]]], instruction_set: str, num_threads: int) -> tuple[list[int], tuple[int, int, int, int] | None]:
+def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int]] | None:
     """
-    Update all tables, or none. Returns the slots in use of each and the first bad index, if any, as
-    (table, lookup, dimension, index).
+    Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or
+    none. Returns None, or why not: (table, (dimension, index) or None, rows whose gradient is not finite).
     """
 
 class SteadyStep:
@@ -30,7 +35,7 @@ class SteadyStep:
 
     def add_group(self) -> None: ...
 
-    def add_table(self, *, parameter: object, moments: object, native_table: object, counters: int) -> None: ...
+    def add_table(self, *, parameter: object, moments: object, native_table: object, counters: tuple[int, int]) -> None: ...
 
     def add_idle(self, parameter: object) -> None: ...
 

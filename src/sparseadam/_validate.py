@@ -14,16 +14,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .moments import StateLayout
 
-_GROUP_OPTIONS = ("lr", "betas", "eps", "maximize", "torch_eps")
+TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+# In the order of the constructor.
+GROUP_OPTIONS = (
+    "lr",
+    "betas",
+    "eps",
+    "maximize",
+    "weight_decay",
+    "weight_decay_mode",
+    "amsgrad",
+    "bias_correction",
+    "second_moment",
+    "moment_dtype",
+    "stochastic_rounding",
+    "nonfinite",
+    "torch_eps",
+)
+# An option too, where a group rounds stochastically; below 2**53, so that every number type holds it.
+SEED = "seed"
+SEED_END = 2**53
+
+# What a string option may be.
+CHOICES = {
+    "weight_decay_mode": ("touched", "exact"),
+    "bias_correction": ("table", "row"),
+    "second_moment": ("element", "row"),
+    "nonfinite": ("propagate", "error", "skip"),
+}
+MOMENT_DTYPES = (torch.bfloat16, torch.uint8)
 
 _LR_ROUNDING = 1e-12
 
 # Options of other Adams that change nothing at these values; at any other they would be ignored, so they are refused.
 _NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "weight_decay": (0, None),
-    "amsgrad": (False, None),
     "foreach": (False, None),
     "fused": (False, None),
     "capturable": (False, None),
@@ -38,6 +66,11 @@ class Place(NamedTuple):
     group_index: int
     position: int
 
+    @property
+    def stream(self) -> int:
+        """Tells this parameter's random bits from those of others."""
+        return self.group_index * 2**32 + self.position
+
     def __str__(self) -> str:
         """Return the words for this parameter in a message; its own name where the user gave named parameters."""
         place = f"group {self.group_index}, parameter {self.position}"
@@ -46,7 +79,10 @@ class Place(NamedTuple):
 
 
 class GroupOptions(NamedTuple):
-    """The numbers of one parameter group at one step."""
+    """The options of one parameter group at one step.
+
+    ``layout`` stands for the options that shape the state; ``seed`` is None where nothing is rounded stochastically.
+    """
 
     lr: float
     beta1: float
@@ -54,6 +90,11 @@ class GroupOptions(NamedTuple):
     eps: float
     maximize: bool
     torch_eps: bool
+    weight_decay: float
+    nonfinite: str
+    stochastic_rounding: bool
+    seed: int | None
+    layout: StateLayout
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -118,23 +159,60 @@ def check_betas(value: object) -> tuple[float, float]:
     return betas
 
 
+def check_weight_decay(value: object) -> float:
+    """Return ``weight_decay`` as a float in [0, inf)."""
+    weight_decay = _as_number(value, "weight_decay")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}. weight_decay must lie in [0, inf).")
+    return weight_decay
+
+
+def check_choice(value: object, name: str) -> str:
+    """Return an option that is one of a few strings."""
+    if not isinstance(value, str) or value not in CHOICES[name]:
+        names = ", ".join(repr(choice) for choice in CHOICES[name])
+        raise (ValueError if isinstance(value, str) else TypeError)(
+            f"Invalid {name}: {value!r}. Choose one of {names}."
+        )
+    return value
+
+
+def check_moment_dtype(value: object) -> torch.dtype | None:
+    """Return ``moment_dtype``: None, or one with fewer bits than moments are computed with."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"moment_dtype must be a torch.dtype or None, got {value!r}.")
+    if value is not None and value not in MOMENT_DTYPES:
+        known = ", ".join(map(str, MOMENT_DTYPES))
+        raise ValueError(
+            f"Invalid moment_dtype: {value}. Choose one of {known} (8-bit codes), or None for the table's own dtype, "
+            "float32 for half-precision tables."
+        )
+    return value
+
+
+def rounds_stochastically(group: Mapping[str, Any]) -> bool:
+    """Whether a group with these options needs a seed."""
+    return group["stochastic_rounding"] is True or group["moment_dtype"] is not None
+
+
 def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
     """Read a group's options as they stand now: schedulers and users change them between steps.
 
     Raises:
         TypeError: an option of the wrong type.
-        ValueError: a number outside its range, or an option that this optimizer would have to ignore.
+        ValueError: a number outside its range, options that exclude each other, or one that this optimizer would have
+            to ignore.
     """
-    missing = [name for name in _GROUP_OPTIONS if name not in group]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing from parameter group {group_index}. Set it to its default.")
-    lr, betas = group["lr"], group["betas"]
+    try:
+        lr, betas, *others = map(group.__getitem__, GROUP_OPTIONS)
+    except KeyError:
+        missing = ", ".join(name for name in GROUP_OPTIONS if name not in group)
+        raise ValueError(f"{missing} missing from parameter group {group_index}. Set it to its default.") from None
     values = (
         float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex() else lr,
         tuple(betas) if isinstance(betas, list) else betas,
-        group["eps"],
-        group["maximize"],
-        group["torch_eps"],
+        *others,
+        group.get(SEED),
     )
     try:
         _check_neutral(group)
@@ -146,16 +224,72 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
         raise type(error)(f"{error} Found in parameter group {group_index}.") from None
 
 
-def _read_options(lr: object, betas: object, eps: object, maximize: object, torch_eps: object) -> GroupOptions:
+def _read_options(
+    lr: object,
+    betas: object,
+    eps: object,
+    maximize: object,
+    weight_decay: object,
+    weight_decay_mode: object,
+    amsgrad: object,
+    bias_correction: object,
+    second_moment: object,
+    moment_dtype: object,
+    stochastic_rounding: object,
+    nonfinite: object,
+    torch_eps: object,
+    seed: object,
+) -> GroupOptions:
     beta1, beta2 = check_betas(betas)
-    return GroupOptions(
+    layout = StateLayout(
+        stored_dtype=check_moment_dtype(moment_dtype),
+        one_exp_avg_sq_a_row=check_choice(second_moment, "second_moment") == "row",
+        amsgrad=_check_flag(amsgrad, "amsgrad"),
+        row_steps=check_choice(bias_correction, "bias_correction") == "row",
+        owes_decay=check_choice(weight_decay_mode, "weight_decay_mode") == "exact",
+    )
+    options = GroupOptions(
         lr=check_lr(lr, allow_zero=True),
         beta1=beta1,
         beta2=beta2,
         eps=check_eps(eps),
         maximize=_check_flag(maximize, "maximize"),
         torch_eps=_check_flag(torch_eps, "torch_eps"),
+        weight_decay=check_weight_decay(weight_decay),
+        nonfinite=check_choice(nonfinite, "nonfinite"),
+        stochastic_rounding=_check_flag(stochastic_rounding, "stochastic_rounding"),
+        seed=None if seed is None else _check_seed(seed),
+        layout=layout,
     )
+    _check_together(options)
+    return options
+
+
+def _check_seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an int, got {value!r}.")
+    if not 0 <= value < SEED_END:
+        raise ValueError(f"Invalid seed: {value}. seed must lie in [0, 2**53).")
+    return value
+
+
+def _check_together(options: GroupOptions) -> None:
+    layout = options.layout
+    if layout.amsgrad and layout.stored_dtype is not None:
+        raise ValueError(
+            f"amsgrad=True with moment_dtype={layout.stored_dtype} is not supported: the largest of values that are "
+            "rounded at random grows beyond all of them. Use moment_dtype=None."
+        )
+    if layout.owes_decay and options.lr * options.weight_decay >= 1.0:
+        raise ValueError(
+            f"lr * weight_decay is {options.lr * options.weight_decay}: weight_decay_mode='exact' needs it below 1, or "
+            "a row would change its sign with each step. Use a smaller weight_decay."
+        )
+    if options.seed is None and (options.stochastic_rounding or layout.stored_dtype is not None):
+        raise ValueError(
+            "seed missing: stochastic rounding needs one, which the optimizer draws when it is built or a group is "
+            "added. Pass stochastic_rounding and moment_dtype there, or set the group's seed too."
+        )
 
 
 # Options seldom change from step to step, and to find them checked is faster than to check them.
@@ -171,13 +305,18 @@ def _check_neutral(group: Mapping[str, Any]) -> None:
             )
 
 
-def check_defaults(lr: object, betas: object, eps: object, maximize: object, torch_eps: object) -> None:
-    """Check the constructor's own arguments, in the order of its signature."""
+def check_defaults(lr: object, options: Mapping[str, Any]) -> None:
+    """Check the constructor's own arguments, in the order of its signature; ``seed`` may still be missing."""
     check_lr(lr, allow_zero=False)
-    check_betas(betas)
-    check_eps(eps)
-    _check_flag(maximize, "maximize")
-    _check_flag(torch_eps, "torch_eps")
+    seed = 0 if rounds_stochastically(options) else None
+    values = [*(options[name] for name in GROUP_OPTIONS), seed]
+    _read_options(*values)
+
+
+def check_generator(generator: object) -> None:
+    """Refuse what is no generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
 
 
 def check_backend_name(backend: object, known: Sequence[str]) -> None:
@@ -196,7 +335,7 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
     Raises:
         ValueError: sparse, complex, integer or other unsupported parameters, by ``[group, index]``.
     """
-    sparse, complex_, other = [], [], []
+    sparse, complex_, other, wide = [], [], [], []
     for group_index, group in enumerate(param_groups, first_group):
         for index, param in enumerate(group["params"]):
             if param.layout is not torch.strided:
@@ -205,6 +344,8 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
                 complex_.append([group_index, index])
             elif param.dtype not in TABLE_DTYPES:
                 other.append(f"{[group_index, index]} ({_dtype_text(param.dtype)})")
+            elif group["stochastic_rounding"] and param.dtype not in HALF_DTYPES:
+                wide.append(f"{[group_index, index]} ({_dtype_text(param.dtype)})")
     if sparse:
         raise ValueError(
             f"Sparse params at indices {sparse}: SparseAdam requires dense parameter tensors. "
@@ -221,10 +362,63 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
             f"Params of an unsupported dtype at indices {', '.join(other)}: "
             f"SparseAdam updates floating point tables ({supported}). Convert the table, or leave it out."
         )
+    if wide:
+        raise ValueError(
+            f"stochastic_rounding=True for params at indices {', '.join(wide)}: only bfloat16 and float16 tables are "
+            "rounded. Leave it at False for the others, in groups of their own."
+        )
 
 
 def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def unknown_parameter_error(param: object) -> ValueError:
+    """Make the error for a parameter that is in no group."""
+    found = f"a parameter of shape {shape_text(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
+    return ValueError(f"{found} is not one of this optimizer's. Pass one of its groups' own parameters.")
+
+
+def check_rows(rows: object, place: Place) -> None:
+    """Refuse what does not list rows.
+
+    Raises:
+        TypeError: not an int64 tensor of one dimension.
+    """
+    if not isinstance(rows, Tensor) or rows.dtype is not torch.int64 or rows.dim() != 1:
+        found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows of {place} must be a one-dimensional torch.int64 tensor, got {found}.")
+
+
+def check_row_range(rows: Tensor, num_rows: int, place: Place) -> None:
+    """Refuse rows outside a table.
+
+    Raises:
+        IndexError: naming the first one.
+    """
+    outside = rows[(rows < 0) | (rows >= num_rows)]
+    if len(outside) > 0:
+        raise IndexError(f"row {int(outside[0])} is outside the {num_rows} rows of {place}. Nothing was changed.")
+
+
+def check_resize(param: Tensor, num_rows: object, place: Place) -> None:
+    """Refuse to resize a table that has no rows or has a gradient, or to no whole number.
+
+    Raises:
+        TypeError: ``num_rows`` is not an int.
+        ValueError: it is negative, or the table has no dimension.
+        RuntimeError: the table has a gradient.
+    """
+    if isinstance(num_rows, bool) or not isinstance(num_rows, int):
+        raise TypeError(f"num_rows must be an int, got {num_rows!r}.")
+    if num_rows < 0:
+        raise ValueError(f"Invalid num_rows: {num_rows}. It must be at least 0.")
+    if param.dim() == 0:
+        raise ValueError(f"{place} has no dimensions, so no rows to add. Resize a table of at least one dimension.")
+    if param.grad is not None:
+        raise RuntimeError(
+            f"{place} has a gradient, which would not fit it any more. Call zero_grad() before resize()."
+        )
 
 
 # Gradients ----------------------------------------------------------------------------------------
@@ -296,6 +490,40 @@ def moment_dtype_error(place: Place, found: torch.dtype, table_dtype: torch.dtyp
     return RuntimeError(
         f"the moments of {place} have dtype {found}, but the table now has dtype {table_dtype}, which needs {wanted} "
         "moments. Build a new optimizer after changing a table's dtype."
+    )
+
+
+def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -> RuntimeError:
+    """Make the error for an option that shapes the state and was changed after a table's first step."""
+    options = {
+        "stored_dtype": "moment_dtype",
+        "one_exp_avg_sq_a_row": "second_moment",
+        "amsgrad": "amsgrad",
+        "row_steps": "bias_correction",
+        "owes_decay": "weight_decay_mode",
+    }
+    changed = [options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name)]
+    return RuntimeError(
+        f"{', '.join(changed)} of {place} changed after its moments were made, and shapes them. Set it back, or delete "
+        "optimizer.state[param] to start that table's moments anew."
+    )
+
+
+def regrouping_error(place: Place, found: int, wanted: int) -> RuntimeError:
+    """Make the error for a gradient of another sparse_dim where moments of rows cannot be cut or joined."""
+    return RuntimeError(
+        f"the gradient of {place} has sparse_dim {wanted}, and the one before had {found}. What is kept for whole rows "
+        "(bias_correction='row', second_moment='row', weight_decay_mode='exact', moment_dtype=torch.uint8) cannot be "
+        "regrouped. Keep to one sparse_dim."
+    )
+
+
+def nonfinite_error(place: Place, rows: Sequence[int]) -> RuntimeError:
+    """Make the error for rows whose summed gradient has an infinity or a NaN."""
+    named = ", ".join(map(str, rows))
+    return RuntimeError(
+        f"the gradient of {place} is not finite, first in rows {named} (repeated rows summed), and nonfinite='error'. "
+        "No row was changed. Look for what made it so, clip gradients, or pass nonfinite='skip' to leave such rows."
     )
 
 

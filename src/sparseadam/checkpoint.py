@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._validate import Place, checkpoint_error, shape_text
-from .moments import STATE_KEYS, Moments, moment_dtype
+from ._validate import GROUP_OPTIONS, SEED, GroupOptions, Place, checkpoint_error, shape_text
+from .moments import Moments, StateLayout, moment_dtype
 
 # Written beside the state; raised when a file of the old form could no longer be read.
 FORMAT_KEY = "sparseadam_format"
@@ -25,6 +25,9 @@ FORMAT = 1
 _MAX_STEP = 2**53
 
 _DENSE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+# What PyTorch's SparseAdam has of our options.
+_TORCH_OPTIONS = ("lr", "betas", "eps", "maximize")
 
 # How PyTorch's Adam was to compute, not what; a checkpoint of it loads whatever these say.
 _IMPLEMENTATION_OPTIONS = (
@@ -60,8 +63,29 @@ def write_state(moments: Moments) -> dict[str, Any]:
 
 def write_torch_state(moments: Moments) -> dict[str, Any]:
     """Return a table's state as :class:`torch.optim.SparseAdam` keeps it, dense."""
-    exp_avg, exp_avg_sq = moments.to_dense()
-    return {"step": moments.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return {"step": moments.step, **moments.to_dense()}
+
+
+def check_torch_group(options: GroupOptions, group_index: int) -> None:
+    """Refuse to write for :class:`torch.optim.SparseAdam` what it could not go on with."""
+    layout = options.layout
+    lacking = {
+        "weight_decay": options.weight_decay != 0.0,
+        "amsgrad": layout.amsgrad,
+        "bias_correction='row'": layout.row_steps,
+        "second_moment='row'": layout.one_exp_avg_sq_a_row,
+    }
+    found = ", ".join(option for option, is_set in lacking.items() if is_set)
+    if found:
+        raise ValueError(
+            f"torch.optim.SparseAdam has no {found}, which parameter group {group_index} uses. Save with state_dict()."
+        )
+
+
+def torch_group(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group of a state dict without the options that PyTorch's SparseAdam does not have."""
+    own = {*GROUP_OPTIONS, SEED} - {*_TORCH_OPTIONS}
+    return {key: value for key, value in packed.items() if key not in own}
 
 
 def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,12 +94,18 @@ def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Map
     Options and names that the checkpoint lacks keep their present values, as does everything that only steers how
     PyTorch's own Adam computes.
     """
+    if saved.get("weight_decay") and "weight_decay_mode" not in saved and not saved.get("decoupled_weight_decay"):
+        raise checkpoint_error(
+            "all parameters",
+            f"weight_decay={saved['weight_decay']} of a torch.optim.Adam that adds it to gradients. Here it is "
+            "decoupled, as in torch.optim.AdamW; set it to 0 in the checkpoint's groups",
+        )
     read = {key: deepcopy(value) for key, value in saved.items() if key not in _IMPLEMENTATION_OPTIONS}
     kept = {key: group[key] for key in (*defaults, "param_names") if key in group}
     return {**kept, **read, "params": group["params"]}
 
 
-def read_state(state: Any, table: Tensor, place: Place, *, is_compact: bool) -> Moments:
+def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, is_compact: bool) -> Moments:
     """Build moments from a table's saved state.
 
     Args:
@@ -83,30 +113,43 @@ def read_state(state: Any, table: Tensor, place: Place, *, is_compact: bool) -> 
             keeps the rows that have a non-zero moment.
         table: the table it is for.
         place: the table's place, for messages.
+        layout: what the options of its group keep.
         is_compact: whether the state is known to be ours. Otherwise it is ours if it has ``rows``.
 
     Raises:
-        ValueError: the state does not fit the table; the message says what was found and expected.
+        ValueError: the state does not fit the table or the options; the message says what was found and expected.
     """
     if not isinstance(state, Mapping):
         raise checkpoint_error(place, f"a {type(state).__name__} found, a dict expected")
     is_compact = is_compact or "rows" in state
-    wanted = STATE_KEYS if is_compact else _DENSE_KEYS
+    wanted = _compact_keys(layout) if is_compact else _dense_keys(layout, place)
     missing = [key for key in wanted if key not in state]
     if missing:
         raise checkpoint_error(place, f"{', '.join(missing)} missing, found {', '.join(map(str, state))}")
-    extra = [str(key) for key in state if key not in wanted]
+    extra = [str(key) for key in state if key not in wanted and not (is_compact and key == "num_skipped")]
     if extra:
         raise checkpoint_error(place, f"{', '.join(extra)} not understood by SparseAdam")
     step = _read_step(state["step"], place)
-    for key in ("exp_avg", "exp_avg_sq"):
-        _check_moment(state[key], key, table, place, dense=not is_compact)
-    if state["exp_avg"].shape != state["exp_avg_sq"].shape:
-        shapes = " and ".join(shape_text(state[key].shape) for key in ("exp_avg", "exp_avg_sq"))
-        raise checkpoint_error(place, f"exp_avg and exp_avg_sq have different shapes, {shapes}")
+    for key in _DENSE_KEYS[1:]:
+        _check_moment(state[key], key, table, place, layout, dense=not is_compact)
     if is_compact:
-        return _read_compact(step, state, table, place)
-    return _read_dense(step, state, table)
+        return _read_compact(step, state, table, place, layout)
+    return _read_dense(step, state, table, layout)
+
+
+def _compact_keys(layout: StateLayout) -> list[str]:
+    parts = layout.parts(torch.Size(), torch.float32)
+    return ["step", *parts, *(["log_decay"] if layout.owes_decay else [])]
+
+
+def _dense_keys(layout: StateLayout, place: Place) -> list[str]:
+    if layout != StateLayout(amsgrad=layout.amsgrad):
+        raise checkpoint_error(
+            place,
+            "dense moments of PyTorch's found, which load only where moments are kept as PyTorch keeps them "
+            "(moment_dtype, second_moment, bias_correction and weight_decay_mode at their defaults)",
+        )
+    return [*_DENSE_KEYS, *(["max_exp_avg_sq"] if layout.amsgrad else [])]
 
 
 def _read_step(step: object, place: Place) -> int:
@@ -119,13 +162,13 @@ def _read_step(step: object, place: Place) -> int:
     return value
 
 
-def _check_moment(moment: object, key: str, table: Tensor, place: Place, *, dense: bool) -> None:
+def _check_moment(moment: object, key: str, table: Tensor, place: Place, layout: StateLayout, *, dense: bool) -> None:
     if not isinstance(moment, Tensor):
         raise checkpoint_error(place, f"{key} is a {type(moment).__name__}, a strided tensor expected")
     if moment.layout is not torch.strided or moment.is_meta:
         found = "no data, on the meta device" if moment.is_meta else f"layout {moment.layout}"
         raise checkpoint_error(place, f"{key} has {found}, a strided tensor expected")
-    allowed = {moment_dtype(table.dtype)}
+    allowed = {layout.parts(torch.Size(), moment_dtype(table.dtype))[key].dtype}
     if dense:
         allowed.add(table.dtype)  # PyTorch keeps the moments of half-precision tables in half precision
     if moment.dtype not in allowed:
@@ -138,20 +181,21 @@ def _check_moment(moment: object, key: str, table: Tensor, place: Place, *, dens
         )
 
 
-def _read_dense(step: int, state: Mapping[str, Any], table: Tensor) -> Moments:
+def _read_dense(step: int, state: Mapping[str, Any], table: Tensor, layout: StateLayout) -> Moments:
     sparse_dim = min(table.dim(), 1)
-    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
+    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
     by_row = (moments.num_rows, *moments.row_shape)
-    exp_avg, exp_avg_sq = (state[key].reshape(by_row) for key in ("exp_avg", "exp_avg_sq"))
-    per_row = (moments.num_rows, moments.width)
-    is_touched = (exp_avg != 0).reshape(per_row).any(1) | (exp_avg_sq != 0).reshape(per_row).any(1)
+    dense = {key: part.reshape(by_row) for key, part in state.items() if key != "step"}
+    is_touched = torch.zeros(moments.num_rows, dtype=torch.bool, device=state["exp_avg"].device)
+    for part in dense.values():
+        is_touched |= (part != 0).reshape(moments.num_rows, moments.width).any(1)
     rows = is_touched.nonzero()[:, 0]
-    moments.fill(step, rows, exp_avg[rows], exp_avg_sq[rows])
+    moments.fill({"step": step, "rows": rows, **{key: part[rows] for key, part in dense.items()}})
     return moments
 
 
-def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Place) -> Moments:
-    rows, exp_avg, exp_avg_sq = state["rows"], state["exp_avg"], state["exp_avg_sq"]
+def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Place, layout: StateLayout) -> Moments:
+    rows, exp_avg = state["rows"], state["exp_avg"]
     sparse_dim = table.dim() - (exp_avg.dim() - 1)
     row_shape = table.shape[sparse_dim:] if 0 <= sparse_dim <= table.dim() else None
     if exp_avg.dim() == 0 or row_shape is None or exp_avg.shape[1:] != row_shape:
@@ -161,9 +205,28 @@ def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Pla
             f"{shape_text(table.shape)}",
         )
     _check_rows(rows, len(exp_avg), math.prod(table.shape[:sparse_dim]), place)
-    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
-    moments.fill(step, rows, exp_avg, exp_avg_sq)
+    for name, part in layout.parts(row_shape, moment_dtype(table.dtype)).items():
+        _check_part(state[name], name, (len(exp_avg), *part.shape), part.dtype, place)
+    counters = {key: state[key] for key in ("log_decay", "num_skipped") if key in state}
+    _check_counters(counters, place)
+    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
+    moments.fill({**state, **counters, "step": step})
     return moments
+
+
+def _check_part(part: object, name: str, shape: tuple[int, ...], dtype: torch.dtype, place: Place) -> None:
+    if not isinstance(part, Tensor) or part.dtype is not dtype or part.shape != shape:
+        found = f"{part.dtype} {shape_text(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+        raise checkpoint_error(place, f"{name} is {found}, {dtype} {shape_text(shape)} expected")
+
+
+def _check_counters(counters: Mapping[str, Any], place: Place) -> None:
+    for name, value in counters.items():
+        kind = float if name == "log_decay" else int
+        is_fitting = type(value) is kind and (value <= 0.0 if kind is float else value >= 0)
+        if not is_fitting:
+            expected = "a float of at most 0" if kind is float else "an int of at least 0"
+            raise checkpoint_error(place, f"{name} is {value!r}, {expected} expected")
 
 
 def _check_rows(rows: object, num_slots: int, num_rows: int, place: Place) -> None:

@@ -1,27 +1,78 @@
 """Compact moments of one table: a slot for each row that was ever touched.
 
-``Moments`` is what ``optimizer.state[param]`` holds: a mapping with the keys ``step``, ``rows``, ``exp_avg`` and
-``exp_avg_sq``, made from the memory below it when asked for, so there is nothing to keep in step with it.
+``Moments`` is what ``optimizer.state[param]`` holds: a mapping of the state's parts by name, made from the memory below
+it when asked for, so there is nothing to keep in step with it.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._memory import moment_memory, zeros
+from . import rounding
+from ._memory import Part, slot_memory, zeros
 
-STATE_KEYS = ("step", "rows", "exp_avg", "exp_avg_sq")
+# Counted for the table as a whole; the last two are there only where their option is, or something was counted.
+COUNTERS = ("step", "num_skipped", "log_decay")
+
+_EXP_AVGS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def moment_dtype(table_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a table's moments: its own, or float32 for half-precision tables."""
+    """Return the dtype in which a table's moments are computed: its own, or float32 for half-precision tables."""
     return torch.float64 if table_dtype is torch.float64 else torch.float32
+
+
+class StateLayout(NamedTuple):
+    """What is kept for each slot beside its row: which options shape the state.
+
+    Attributes:
+        stored_dtype: of the moments: ``torch.bfloat16``, ``torch.uint8`` (codes) or None for the dtype they are
+            computed in.
+        one_exp_avg_sq_a_row: keep one second moment a row, of the dtype in which moments are computed.
+        amsgrad: keep the largest second moments.
+        row_steps: count each row's touches.
+        owes_decay: keep what weight decay each row has paid.
+    """
+
+    stored_dtype: torch.dtype | None = None
+    one_exp_avg_sq_a_row: bool = False
+    amsgrad: bool = False
+    row_steps: bool = False
+    owes_decay: bool = False
+
+    def parts(self, row_shape: torch.Size, dtype: torch.dtype) -> dict[str, Part]:
+        """Return the parts kept for each slot of a table whose moments are computed in ``dtype``."""
+        stored = self.stored_dtype or dtype
+        shape = tuple(row_shape)
+        parts = {"rows": Part((), torch.int64, "rows"), "exp_avg": Part(shape, stored, "moments")}
+        second = Part((), dtype, "second moments") if self.one_exp_avg_sq_a_row else Part(shape, stored, "moments")
+        parts["exp_avg_sq"] = second
+        if self.amsgrad:
+            parts["max_exp_avg_sq"] = second
+        if stored is torch.uint8:
+            scale = Part((rounding.num_blocks(math.prod(shape)),), torch.float32, "scales")
+            parts["exp_avg_scale"] = scale
+            if not self.one_exp_avg_sq_a_row:
+                parts["exp_avg_sq_scale"] = scale
+        if self.row_steps:
+            parts["row_steps"] = Part((), torch.int32, "row steps")
+        if self.owes_decay:
+            parts["paid_log_decay"] = Part((), torch.float64, "paid")
+        return parts
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether all that is kept belongs to single elements, so that rows can be cut and joined."""
+        return self == StateLayout(self.stored_dtype, amsgrad=self.amsgrad) and self.stored_dtype is not torch.uint8
+
+
+PLAIN = StateLayout()
 
 
 class Moments(MutableMapping[str, Any]):
@@ -30,20 +81,28 @@ class Moments(MutableMapping[str, Any]):
     Args:
         shape: the table's shape.
         sparse_dim: how many leading dimensions of it name a row; the table is viewed as ``[num_rows, width]``.
-        dtype: dtype of the moments.
+        dtype: dtype in which the moments are computed.
         device: where they are kept.
+        layout: what is kept.
 
     State:
         ``step`` (int): steps of the table so far. ``rows`` int64 ``[num_slots]``: the row of each slot, in the order
-        of their first touch and, among rows first touched in one step, in row order. ``exp_avg`` and ``exp_avg_sq``
-        ``[num_slots, *row_shape]``. The tensors are live views: writing to them writes the moments.
+        of their first touch and, among rows first touched in one step, in row order (``forget`` moves the last slots
+        into the places of those it takes). ``exp_avg`` and ``exp_avg_sq`` ``[num_slots, *row_shape]``. The others are
+        there where ``layout`` says so: ``max_exp_avg_sq`` like ``exp_avg_sq``; ``exp_avg_scale`` and
+        ``exp_avg_sq_scale`` float32 ``[num_slots, num_blocks]``; ``row_steps`` int32 ``[num_slots]``;
+        ``paid_log_decay`` float64 ``[num_slots]``, of ``log_decay`` (float), which is what a row owes that has paid
+        nothing. ``num_skipped`` (int), once a row was skipped. The tensors are live views: writing to them writes the
+        state.
     """
 
     __slots__ = (
         "_counters",
+        "_log_decay",
         "_memory",
         "device",
         "dtype",
+        "layout",
         "native_table",
         "num_rows",
         "row_shape",
@@ -53,17 +112,27 @@ class Moments(MutableMapping[str, Any]):
         "width",
     )
 
-    def __init__(self, shape: torch.Size, sparse_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        sparse_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: StateLayout = PLAIN,
+    ) -> None:
         """Start at step 0 with no slots."""
         self.shape = shape
         self.sparse_dim = sparse_dim
         self.dtype = dtype
         self.device = device
+        self.layout = layout
         self.row_shape = shape[sparse_dim:]
         self.num_rows = math.prod(shape[:sparse_dim])
         self.width = math.prod(self.row_shape)
-        self._counters = array("q", (0, 0))  # step and num_slots, where the native backend can move them on
-        self._memory = moment_memory(self.num_rows, self.row_shape, dtype, device)
+        # Where the native backend can move them on: step, num_slots and num_skipped; log_decay.
+        self._counters = array("q", (0, 0, 0))
+        self._log_decay = array("d", (0.0,))
+        self._memory = slot_memory(self.num_rows, layout.parts(self.row_shape, dtype), device)
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
@@ -89,29 +158,38 @@ class Moments(MutableMapping[str, Any]):
         self._counters[1] = num_slots
 
     @property
-    def counters_address(self) -> int:
-        """Where ``step`` and ``num_slots`` stand, as two int64 in a row, for as long as these moments live."""
-        return self._counters.buffer_info()[0]
+    def num_skipped(self) -> int:
+        """How often a row was left as it was because its gradient was not finite."""
+        return self._counters[2]
+
+    @num_skipped.setter
+    def num_skipped(self, num_skipped: int) -> None:
+        self._counters[2] = num_skipped
+
+    @property
+    def log_decay(self) -> float:
+        """Logarithm of the weight decay that a row owes that has paid nothing."""
+        return self._log_decay[0]
+
+    @log_decay.setter
+    def log_decay(self, log_decay: float) -> None:
+        self._log_decay[0] = log_decay
+
+    @property
+    def counter_addresses(self) -> tuple[int, int]:
+        """Where three int64 (step, num_slots, num_skipped) and a double (log_decay) stand while these moments live."""
+        return self._counters.buffer_info()[0], self._log_decay.buffer_info()[0]
 
     @property
     def rows(self) -> Tensor:
         """The row of each slot, int64 ``[num_slots]``."""
-        return self._memory.rows(self.num_slots)
-
-    @property
-    def exp_avg(self) -> Tensor:
-        """First moments, ``[num_slots, *row_shape]``."""
-        return self._memory.moments(self.num_slots)[0]
-
-    @property
-    def exp_avg_sq(self) -> Tensor:
-        """Second moments, ``[num_slots, *row_shape]``."""
-        return self._memory.moments(self.num_slots)[1]
+        return self._memory.part("rows", self.num_slots)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in use: moments and row numbers of the slots, and the index of all rows."""
-        slot_bytes = 2 * self.width * self.dtype.itemsize + torch.int64.itemsize
+        """Bytes in use: all that is kept for the slots, and the index of all rows."""
+        parts = self.layout.parts(self.row_shape, self.dtype).values()
+        slot_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
         return self.num_slots * slot_bytes + self.num_rows * self.slot_of_row.dtype.itemsize
 
     @property
@@ -126,15 +204,18 @@ class Moments(MutableMapping[str, Any]):
             self._memory.grow(num_slots)
             self.native_table = None
 
-    def parts(self) -> dict[str, Any]:
-        """Return the state by the names of its parts; the two moments share one storage where they lie in one."""
-        exp_avg, exp_avg_sq = self._memory.moments(self.num_slots)
-        return {"step": self.step, "rows": self.rows, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    def slot_parts(self) -> dict[str, Tensor]:
+        """Return what is kept for each slot, by name; those of one record share a storage."""
+        return self._memory.all_parts(self.num_slots)
 
-    def whole_memory(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``rows``, ``exp_avg`` and ``exp_avg_sq`` of every slot there is room for."""
-        capacity = self._memory.capacity
-        return self._memory.rows(capacity), *self._memory.moments(capacity)
+    def parts(self) -> dict[str, Any]:
+        """Return the state by the names of its parts."""
+        slot_parts = self.slot_parts()
+        return {key: slot_parts[key] if key in slot_parts else getattr(self, key) for key in self}
+
+    def whole_memory(self) -> dict[str, Tensor]:
+        """Return what is kept for every slot there is room for, by name."""
+        return self._memory.all_parts(self._memory.capacity)
 
     def claim_slots(self, rows: Tensor) -> Tensor:
         """Return the slot of each of ``rows`` (distinct, ascending, inside the table), giving new ones where needed."""
@@ -149,72 +230,145 @@ class Moments(MutableMapping[str, Any]):
         self.rows[first:] = new_rows
         return slots
 
-    def fill(self, step: int, rows: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """Take over a saved state; ``rows`` keep their order. Only for moments that have no slots yet."""
-        self.step = step
-        self.num_slots = len(rows)
+    def fill(self, parts: Mapping[str, Any]) -> None:
+        """Take over a saved state; rows keep their order. Only for moments that have no slots yet."""
+        for name in COUNTERS:
+            if name in parts:
+                setattr(self, name, parts[name])
+        self.num_slots = len(parts["rows"])
         self.grow(self.num_slots)
-        self.rows.copy_(rows)
-        self.exp_avg.copy_(exp_avg)
-        self.exp_avg_sq.copy_(exp_avg_sq)
+        for name, part in self.slot_parts().items():
+            part.copy_(parts[name])
         slots = torch.arange(1, self.num_slots + 1, device=self.device)
         self.slot_of_row[self.rows] = slots.to(self.slot_of_row.dtype)
 
     def to_device(self, device: torch.device) -> Moments:
         """Return the same state on another device."""
-        moved = Moments(self.shape, self.sparse_dim, self.dtype, device)
-        moved.fill(self.step, self.rows, self.exp_avg, self.exp_avg_sq)
+        moved = Moments(self.shape, self.sparse_dim, self.dtype, device, self.layout)
+        moved.fill(self.parts())
         return moved
+
+    def resized(self, shape: torch.Size) -> Moments:
+        """Return the same state for a table of more or fewer leading entries; rows beyond its end are left out."""
+        changed = Moments(shape, self.sparse_dim, self.dtype, self.device, self.layout)
+        is_kept = self.rows < changed.num_rows
+        parts = self.parts()
+        changed.fill({key: parts[key][is_kept] if isinstance(parts[key], Tensor) else parts[key] for key in parts})
+        return changed
+
+    def forget(self, rows: Tensor) -> None:
+        """Take from ``rows`` (distinct, inside the table) all that is kept for them.
+
+        A row that would then owe the weight decay of steps before keeps its slot, with all else zero.
+        """
+        slots = self.slot_of_row[rows].to(torch.int64) - 1
+        if self.layout.owes_decay:
+            self._clear(self.claim_slots(rows.sort().values))
+            return
+        self._give_back(slots[slots >= 0])
+
+    def _clear(self, slots: Tensor) -> None:
+        for name, part in self.slot_parts().items():
+            if name == "paid_log_decay":
+                part[slots] = self.log_decay
+            elif name != "rows":
+                part[slots] = 0
+
+    def _give_back(self, slots: Tensor) -> None:
+        """Move the last slots to the places of those given back, whose memory is zero afterwards, as new slots' is."""
+        self.slot_of_row[self.rows[slots]] = 0
+        num_left = self.num_slots - len(slots)
+        tail = torch.arange(num_left, self.num_slots, device=self.device)
+        movers, holes = tail[~torch.isin(tail, slots)], slots[slots < num_left]
+        for part in self.slot_parts().values():
+            part[holes] = part[movers]
+            part[num_left:] = 0
+        self.slot_of_row[self.rows[holes]] = (holes + 1).to(self.slot_of_row.dtype)
+        self.num_slots = num_left
 
     def with_sparse_dim(self, sparse_dim: int) -> Moments:
         """Return the same state for gradients of another ``sparse_dim``, whose rows are larger or smaller.
 
         A row that becomes part of a larger one brings its moments; the others of the larger row's moments are zero,
-        which is what never having been touched means.
+        which is what never having been touched means. Only where all that is kept belongs to single elements.
         """
-        changed = Moments(self.shape, sparse_dim, self.dtype, self.device)
+        changed = Moments(self.shape, sparse_dim, self.dtype, self.device, self.layout)
+        names = [name for name in _EXP_AVGS if name in self]
         if sparse_dim > self.sparse_dim:
             parts = changed.num_rows // max(self.num_rows, 1)
             offsets = torch.arange(parts, device=self.device)
             rows = (self.rows[:, None] * parts + offsets).flatten()
             shape = (len(rows), *changed.row_shape)
-            changed.fill(self.step, rows, self.exp_avg.reshape(shape), self.exp_avg_sq.reshape(shape))
+            cut = {name: self[name].reshape(shape) for name in names}
+            changed.fill({"step": self.step, "num_skipped": self.num_skipped, "rows": rows, **cut})
             return changed
         parts = self.num_rows // max(changed.num_rows, 1)
-        changed.step = self.step
+        changed.step, changed.num_skipped = self.step, self.num_skipped
         whole = self.rows // max(parts, 1)
         changed.claim_slots(torch.unique(whole))
         slots = changed.slot_of_row[whole].to(torch.int64) - 1
         part_shape = (changed.num_slots, parts, *self.row_shape)
-        for name in ("exp_avg", "exp_avg_sq"):
-            target: Tensor = getattr(changed, name)
-            filled = torch.zeros(part_shape, dtype=self.dtype, device=self.device)
-            filled[slots, self.rows % max(parts, 1)] = getattr(self, name)
+        for name in names:
+            target: Tensor = changed[name]
+            filled = torch.zeros(part_shape, dtype=target.dtype, device=self.device)
+            filled[slots, self.rows % max(parts, 1)] = self[name]
             target.copy_(filled.reshape(target.shape))
         return changed
 
-    def to_dense(self) -> tuple[Tensor, Tensor]:
-        """Return both moments as dense tensors of the table's shape, zero where no row was touched."""
-        dense = []
-        for moment in (self.exp_avg, self.exp_avg_sq):
+    def read(self, name: str, slots: Tensor) -> Tensor:
+        """Return a moment of some slots in the dtype in which moments are computed, ``[len(slots), *row_shape]``.
+
+        One second moment a row has the shape ``[len(slots)]``.
+        """
+        stored: Tensor = self[name][slots]
+        if stored.dtype is not torch.uint8:
+            return stored.to(self.dtype)
+        decode = rounding.decode_exp_avg if name == "exp_avg" else rounding.decode_exp_avg_sq
+        flat = stored.reshape(len(slots), self.width)
+        return decode(flat, self[f"{name}_scale"][slots]).to(self.dtype).reshape(stored.shape)
+
+    def write(self, name: str, slots: Tensor, values: Tensor, random: Tensor | None) -> None:
+        """Store a moment of some slots, rounded by ``random`` (int64 ``[len(slots), width]``) if it has fewer bits."""
+        part: Tensor = self[name]
+        if part.dtype is values.dtype:
+            part[slots] = values
+            return
+        assert random is not None, "moments of fewer bits are stored by stochastic rounding"
+        flat = values.reshape(len(slots), self.width)
+        if part.dtype is torch.uint8:
+            encode = rounding.encode_exp_avg if name == "exp_avg" else rounding.encode_exp_avg_sq
+            flat, self[f"{name}_scale"][slots] = encode(flat, random)
+        else:
+            flat = rounding.round_stochastically(flat, random, part.dtype)
+        part[slots] = flat.reshape(values.shape)
+
+    def to_dense(self) -> dict[str, Tensor]:
+        """Return the moments by name as dense tensors of the table's shape, zero where no row was touched."""
+        dense = {}
+        slots = torch.arange(self.num_slots, device=self.device)
+        for name in _EXP_AVGS:
+            if name not in self:
+                continue
             table = torch.zeros((self.num_rows, *self.row_shape), dtype=self.dtype, device=self.device)
-            table[self.rows] = moment
-            dense.append(table.reshape(self.shape))
-        return dense[0], dense[1]
+            values = self.read(name, slots)
+            missing_dims = table.dim() - values.dim()  # where there is one second moment a row
+            table[self.rows] = values.reshape(*values.shape, *(1,) * missing_dims)
+            dense[name] = table.reshape(self.shape)
+        return dense
 
     def __getitem__(self, key: str) -> Any:
         """Return a part of the state by its name in checkpoints."""
-        if key not in STATE_KEYS:
+        if key not in tuple(self):
             raise KeyError(key)
-        return getattr(self, key)
+        return getattr(self, key) if key in COUNTERS else self._memory.part(key, self.num_slots)
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Write a part of the state in place; its shape stays, and so do the rows.
 
         Code that walks an optimizer's state and puts each tensor back (``state[k] = v.to(device)``) thereby works.
         """
-        if key == "step":
-            self.step = int(value)
+        if key in COUNTERS:
+            setattr(self, key, float(value) if key == "log_decay" else int(value))
             return
         current: Tensor = self[key]
         if value.shape != current.shape:
@@ -232,11 +386,16 @@ class Moments(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the parts."""
-        return iter(STATE_KEYS)
+        yield "step"
+        yield from self.layout.parts(self.row_shape, self.dtype)
+        if self.layout.owes_decay:
+            yield "log_decay"
+        if self.num_skipped > 0:
+            yield "num_skipped"
 
     def __len__(self) -> int:
         """Return how many parts there are."""
-        return len(STATE_KEYS)
+        return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         """Show what is held without printing it."""
@@ -247,13 +406,9 @@ class Moments(MutableMapping[str, Any]):
 
     def __reduce__(self) -> tuple[Callable[..., Moments], tuple[Any, ...]]:
         """Copy and pickle what is in use; the index is rebuilt."""
-        parts = (
-            self.step,
-            self.rows.clone(),
-            self.exp_avg.contiguous(),
-            self.exp_avg_sq.contiguous(),
-        )
-        return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, parts)
+        parts = {key: part.contiguous() if isinstance(part, Tensor) else part for key, part in self.parts().items()}
+        parts["rows"] = self.rows.clone()
+        return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, self.layout, parts)
 
 
 def _rebuild(
@@ -261,8 +416,9 @@ def _rebuild(
     sparse_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    parts: tuple[int, Tensor, Tensor, Tensor],
+    layout: StateLayout,
+    parts: Mapping[str, Any],
 ) -> Moments:
-    moments = Moments(shape, sparse_dim, dtype, device)
-    moments.fill(*parts)
+    moments = Moments(shape, sparse_dim, dtype, device, layout)
+    moments.fill(parts)
     return moments

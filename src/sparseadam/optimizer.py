@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 from . import _validate, checkpoint, update
 from ._validate import GroupOptions, Place
 from .gradient import check_gradient, check_values
-from .moments import Moments, moment_dtype
+from .moments import Moments, StateLayout, moment_dtype
 from .update import RowUpdate, SteadyStep, step_scalars
 
 
@@ -59,31 +59,55 @@ class SparseAdam(torch.optim.Optimizer):
 
     where :math:`m` is ``exp_avg``, :math:`v` is ``exp_avg_sq`` and :math:`\theta` the table. Rows that are not named
     keep their weights and their moments, bit for bit. :math:`t` counts the steps in which the table had a gradient,
-    one without lookups included. There is no weight decay, and dense gradients are refused.
+    one without lookups included.
 
     Args:
         params: tables to optimize, named tables, or dicts that define parameter groups. Strided, real floating point
-            (float32, float64, bfloat16, float16) tensors of any shape. Groups may set ``lr``, ``betas``, ``eps``,
-            ``maximize`` and ``torch_eps`` for themselves.
+            (float32, float64, bfloat16, float16) tensors of any shape. Groups may set every option for themselves
+            but ``generator`` and ``backend``.
         lr: learning rate, a number or a one-element tensor, read at each step; in (0, inf). A group or a scheduler
             may set it to 0: rows then keep their place while moments and step go on.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the corrected second moment, in (0, inf).
         maximize: climb instead of descend.
+        weight_decay: decoupled weight decay (Loshchilov and Hutter), in [0, inf): a row's weights are multiplied by
+            :math:`1 - \mathrm{lr}\cdot\mathrm{weight\_decay}` before they move.
+        weight_decay_mode: ``"touched"`` decays a row when it is touched, once. ``"exact"`` decays it for every step of
+            the table, as :class:`torch.optim.AdamW` does: a touched row pays for the steps it missed, each with the
+            ``lr`` of that step, and :meth:`flush` makes all rows pay. It needs ``lr * weight_decay < 1``, and 8 bytes
+            a touched row.
+        amsgrad: take the root of the largest second moment so far (Reddi, Kale and Kumar, section 5).
+        bias_correction: ``"table"`` corrects with the table's step :math:`t`; ``"row"`` with the count of the row's
+            own touches, so that a row first touched late starts as Adam starts. 4 bytes a touched row.
+        second_moment: ``"element"``, or ``"row"``: one second moment a row, of the mean of :math:`g_i^2` over it, which
+            halves the moments (FBGEMM calls it partial row-wise Adam).
+        moment_dtype: ``torch.bfloat16`` or ``torch.uint8`` store the moments in 16 or 8 bits by stochastic rounding;
+            None in the dtype they are computed in. The 8 bits are small floats relative to a scale for each 128
+            elements of a row; ``docs/design.md`` describes them. Not with ``amsgrad``.
+        stochastic_rounding: round the weights of bfloat16 and float16 tables up or down at random, so that changes too
+            small for the dtype add up. Not for others.
+        generator: draws the seed of all stochastic rounding, when the optimizer is built; None takes PyTorch's default
+            one. The seed is saved in state dicts, and the same seed gives the same bits.
+        nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
+            ``"propagate"`` it as PyTorch does, raise an ``"error"`` before anything is written, or ``"skip"`` such
+            rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
         torch_eps: add ``eps`` before bias correction, as :class:`torch.optim.SparseAdam` does: the effective ``eps`` is
             then ``eps / sqrt(1 - beta2**t)``. For runs that were begun with it.
         backend: ``"native"`` (C++, CPU) or ``"reference"`` (PyTorch operations, any device); ``None`` takes, for each
             table, the fastest one present that can update it. A named backend is used or refused, never replaced.
 
     Raises:
-        ValueError: a number outside its range, an unknown ``backend``, or a sparse, complex or integer table.
+        ValueError: a number outside its range, options that exclude each other, an unknown ``backend``, or a sparse,
+            complex or integer table.
         TypeError: an argument of the wrong type.
         ImportError: ``backend`` names one that this installation lacks; the message gives the reason.
 
     State:
         ``state[table]`` maps ``step`` (int), ``rows`` ``[num_slots]`` int64, and ``exp_avg`` and ``exp_avg_sq``
         ``[num_slots, *row_shape]`` in the table's dtype (float32 for half-precision tables). A slot belongs to the row
-        that ``rows`` names.
+        that ``rows`` names. Options add ``max_exp_avg_sq``, ``row_steps`` (int32), ``paid_log_decay`` (float64) with
+        ``log_decay``, ``exp_avg_scale`` and ``exp_avg_sq_scale`` (float32), and ``num_skipped``;
+        ``sparseadam.moments.Moments`` describes them.
 
     Example:
         >>> table = torch.nn.Embedding(1_000_000, 64, sparse=True)
@@ -101,10 +125,20 @@ class SparseAdam(torch.optim.Optimizer):
     References:
         Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, Algorithm 1,
         https://arxiv.org/abs/1412.6980
+
+        Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2019, Algorithm 2,
+        https://arxiv.org/abs/1711.05101
+
+        Reddi, Kale and Kumar, *On the Convergence of Adam and Beyond*, 2018, Algorithm 2,
+        https://openreview.net/forum?id=ryQu7f-RZ
     """
 
     # What the last general step listed for steady ones. Of the class, so that a copy or a pickle starts without.
     _steady_step: SteadyStep | None = None
+    # The options that were built into it.
+    _steady_kinds: list[tuple[StateLayout, bool]] | None = None
+    _generator: torch.Generator | None = None
+    _seed: int | None = None
 
     def __init__(
         self,
@@ -114,22 +148,41 @@ class SparseAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         maximize: bool = False,
         *,
+        weight_decay: float = 0.0,
+        weight_decay_mode: str = "touched",
+        amsgrad: bool = False,
+        bias_correction: str = "table",
+        second_moment: str = "element",
+        moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        generator: torch.Generator | None = None,
+        nonfinite: str = "propagate",
         torch_eps: bool = False,
         backend: str | None = None,
     ) -> None:
         """Check all arguments; see the class for what they mean."""
-        _validate.check_defaults(lr, betas, eps, maximize, torch_eps)
-        update.check_backend(backend)
-        self._backend = backend
-        # Groups are added one by one below; faults of all of them are then reported together.
-        self._is_built = False
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "maximize": maximize,
+            "weight_decay": weight_decay,
+            "weight_decay_mode": weight_decay_mode,
+            "amsgrad": amsgrad,
+            "bias_correction": bias_correction,
+            "second_moment": second_moment,
+            "moment_dtype": moment_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "nonfinite": nonfinite,
             "torch_eps": torch_eps,
         }
+        _validate.check_defaults(lr, defaults)
+        _validate.check_generator(generator)
+        update.check_backend(backend)
+        self._backend = backend
+        self._generator = generator
+        # Groups are added one by one below; faults of all of them are then reported together.
+        self._is_built = False
         super().__init__(params, defaults)
         _validate.check_parameters(self.param_groups)
         self._is_built = True
@@ -147,12 +200,22 @@ class SparseAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group_index = len(self.param_groups) - 1
         try:
+            self._draw_seed(self.param_groups[-1])
             _validate.check_group(self.param_groups[-1], group_index)
             if self._is_built:
                 _validate.check_parameters(self.param_groups[-1:], group_index)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
+
+    def _draw_seed(self, group: dict[str, Any]) -> None:
+        """Give a group that rounds at random a seed, drawn once for all groups, which their places tell apart."""
+        if _validate.SEED in group or not _validate.rounds_stochastically(group):
+            return
+        if self._seed is None:
+            device = None if self._generator is None else self._generator.device
+            self._seed = int(torch.randint(_validate.SEED_END, (), generator=self._generator, device=device))
+        group[_validate.SEED] = self._seed
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -189,7 +252,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _step_steadily(self, options: list[GroupOptions]) -> bool:
         """Step without looking at each table in Python, if all look as after the last general step."""
-        if self._steady_step is None:
+        if self._steady_step is None or self._steady_kinds != _kinds(options):
             return False
         parameters = [group["params"] for group in self.param_groups]
         scalars_at = [functools.partial(step_scalars, group_options) for group_options in options]
@@ -200,11 +263,11 @@ class SparseAdam(torch.optim.Optimizer):
         if updates:
             update.update_rows(updates, self._backend)
         for done in updates:
-            done.moments.step += 1
             self.state[done.table] = done.moments
         self._steady_step = update.list_tables(
             [group["params"] for group in self.param_groups], self.state, self._backend
         )
+        self._steady_kinds = _kinds(options)
 
     def _gather_updates(self, options: list[GroupOptions]) -> list[RowUpdate]:
         """Collect the tables that have a gradient, having checked everything but row numbers; changes nothing."""
@@ -220,25 +283,28 @@ class SparseAdam(torch.optim.Optimizer):
                 check_gradient(table, grad, place)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
-                moments = self._fitting_moments(table, sparse_dim, place)
+                moments = self._fitting_moments(table, sparse_dim, place, options[group_index].layout)
                 check_values(values, num_lookups, moments.row_shape, place)
                 indices, values = indices.contiguous(), values.contiguous()
                 scalars = step_scalars(options[group_index], moments.step + 1)
-                updates.append(RowUpdate(place, table, moments, indices, values, num_lookups, scalars))
+                rounds = options[group_index].stochastic_rounding
+                updates.append(RowUpdate(place, table, moments, indices, values, num_lookups, scalars, rounds))
         return updates
 
-    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place) -> Moments:
+    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, layout: StateLayout) -> Moments:
         """Return moments that fit a table: its own, regrouped, moved or read where need be, or new ones.
 
         They enter the state when their step is done.
         """
         state = self.state.get(table)
         if not state:
-            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device)
+            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
         elif isinstance(state, Moments):
             moments = state
         else:  # a plain mapping put there from outside, as code that moves states between devices does
-            moments = checkpoint.read_state(state, table, place, is_compact=False)
+            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
+        if moments.layout != layout:
+            raise _validate.layout_change_error(place, moments.layout, layout)
         if moments.shape != table.shape:
             raise _validate.moment_shape_error(place, moments.shape, table.shape)
         if moments.dtype is not moment_dtype(table.dtype):
@@ -246,8 +312,87 @@ class SparseAdam(torch.optim.Optimizer):
         if moments.device != table.device:
             moments = moments.to_device(table.device)
         if moments.sparse_dim != sparse_dim:
+            if moments.num_slots > 0 and not layout.is_elementwise:
+                raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
             moments = moments.with_sparse_dim(sparse_dim)
         return moments
+
+    def flush(self) -> None:
+        """Apply the weight decay that rows owe, in groups with ``weight_decay_mode="exact"``, to whole tables.
+
+        Until then the weights of a row are those of its last touch. Call it before weights are read directly (to
+        evaluate, to export); a checkpoint needs no flush, since what is owed is saved with it. It passes over every
+        row of the tables.
+        """
+        for group_index, group in enumerate(self.param_groups):
+            options = _validate.check_group(group, group_index)
+            for position, table in enumerate(group["params"]):
+                moments = self.state.get(table)
+                if isinstance(moments, Moments) and moments.layout.owes_decay:
+                    self._pay_decay(table, moments, Place(group, group_index, position), options)
+
+    def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
+        rounds = options.stochastic_rounding
+        update.pay_decay(table, moments, place, options.seed or 0, stochastic_rounding=rounds)
+
+    def forget(self, param: Tensor, rows: Tensor) -> None:
+        """Take from rows of a table all that is kept for them, as for rows given to a new owner.
+
+        They are then as if never touched: no moments, no count of touches. Their weights are left alone, and all other
+        rows and their state are, bit for bit. With ``weight_decay_mode="exact"`` the rows owe nothing afterwards.
+
+        Args:
+            param: the table, one of this optimizer's.
+            rows: int64 ``[num_forgotten]``, of the table viewed as ``[num_rows, width]``; repeats count once.
+
+        Raises:
+            ValueError: ``param`` is not this optimizer's.
+            TypeError: ``rows`` is not an int64 tensor of one dimension.
+            IndexError: a row outside the table.
+        """
+        place = self._place_of(param)
+        moments = self.state.get(param)
+        _validate.check_rows(rows, place)
+        num_rows = moments.num_rows if isinstance(moments, Moments) else len(param)
+        _validate.check_row_range(rows, num_rows, place)
+        if isinstance(moments, Moments):
+            moments.forget(torch.unique(rows.to(moments.device)))
+
+    def resize(self, param: Tensor, num_rows: int) -> None:
+        """Give a table more rows, or fewer: ``param`` stays the same object, with other memory and another shape.
+
+        Rows that stay keep their weights and their state, bit for bit. New rows are zero, for the caller to fill, and
+        have no state. A module's own record of its size (``embedding.num_embeddings``) is the caller's to change.
+        With ``weight_decay_mode="exact"`` all rows pay what they owe first.
+
+        Args:
+            param: the table, one of this optimizer's.
+            num_rows: its new leading size, at least 0.
+
+        Raises:
+            ValueError: ``param`` is not this optimizer's, or has no dimension to grow.
+            TypeError: ``num_rows`` is not an int.
+            RuntimeError: ``param`` has a gradient, which would not fit.
+        """
+        place = self._place_of(param)
+        _validate.check_resize(param, num_rows, place)
+        moments = self.state.get(param)
+        if isinstance(moments, Moments) and moments.layout.owes_decay:
+            options = _validate.check_group(place.group, place.group_index)
+            self._pay_decay(param, moments, place, options)
+        resized = param.detach().new_zeros((num_rows, *param.shape[1:]))
+        num_kept = min(num_rows, len(param))
+        resized[:num_kept] = param.detach()[:num_kept]
+        if isinstance(moments, Moments):
+            self.state[param] = moments.resized(resized.shape)
+        param.data = resized
+
+    def _place_of(self, param: Tensor) -> Place:
+        for group_index, group in enumerate(self.param_groups):
+            for position, table in enumerate(group["params"]):
+                if table is param:
+                    return Place(group, group_index, position)
+        raise _validate.unknown_parameter_error(param)
 
     def moment_bytes(self) -> int:
         """Return how many bytes the state takes: moments and row numbers of touched rows, and the index of all rows.
@@ -269,10 +414,15 @@ class SparseAdam(torch.optim.Optimizer):
         """Return a state dict that :class:`torch.optim.SparseAdam` loads, with dense moments of every table.
 
         Pass ``torch_eps=True`` to the optimizer, before or after, for the same trajectory in both.
+
+        Raises:
+            ValueError: an option that PyTorch's SparseAdam does not have: ``weight_decay``, ``amsgrad``,
+                ``bias_correction="row"`` or ``second_moment="row"``.
         """
+        for group_index, group in enumerate(self.param_groups):
+            checkpoint.check_torch_group(_validate.check_group(group, group_index), group_index)
         packed = self._pack(checkpoint.write_torch_state, {})
-        for group in packed["param_groups"]:
-            del group["torch_eps"]
+        packed["param_groups"] = [checkpoint.torch_group(group) for group in packed["param_groups"]]
         return packed
 
     def _pack(self, write: Callable[[Moments], dict[str, Any]], header: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +460,7 @@ class SparseAdam(torch.optim.Optimizer):
         checkpoint.check_format(state_dict)
         groups = self._read_groups(state_dict["param_groups"])
         state = self._read_states(
-            state_dict["state"], state_dict["param_groups"], is_compact=checkpoint.FORMAT_KEY in state_dict
+            state_dict["state"], state_dict["param_groups"], groups, is_compact=checkpoint.FORMAT_KEY in state_dict
         )
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -334,27 +484,39 @@ class SparseAdam(torch.optim.Optimizer):
                     "The optimizer is unchanged."
                 )
             groups.append(checkpoint.read_group(saved, group, self.defaults))
+            self._draw_seed(groups[-1])
             _validate.check_group(groups[-1], group_index)
         return groups
 
     def _read_states(
-        self, states: Mapping[Any, Any], saved_groups: list[dict[str, Any]], *, is_compact: bool
+        self,
+        states: Mapping[Any, Any],
+        saved_groups: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
+        *,
+        is_compact: bool,
     ) -> defaultdict[Any, Any]:
         """Return the states as a checkpoint sets them, checked; those of no parameter are taken as they are."""
-        tables: dict[Any, tuple[Tensor, Place]] = {}
-        for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+        tables: dict[Any, tuple[Tensor, Place, StateLayout]] = {}
+        for group_index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            layout = _validate.check_group(group, group_index).layout
             for index, (key, table) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                tables[key] = table, Place(group, group_index, index)
+                tables[key] = table, Place(group, group_index, index), layout
         read: defaultdict[Any, Any] = defaultdict(dict)
         for key, state in states.items():
             if key not in tables:
                 read[key] = deepcopy(state)
             elif not isinstance(state, Mapping) or len(state) > 0:
-                table, place = tables[key]
-                read[table] = checkpoint.read_state(state, table, place, is_compact=is_compact)
+                table, place, layout = tables[key]
+                read[table] = checkpoint.read_state(state, table, place, layout, is_compact=is_compact)
         return read
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the backend's name along with what PyTorch keeps."""
-        own = {"_backend": self._backend, "_is_built": self._is_built}
+        own = {"_backend": self._backend, "_is_built": self._is_built, "_seed": self._seed}
         return super().__getstate__() | own
+
+
+def _kinds(options: list[GroupOptions]) -> list[tuple[StateLayout, bool]]:
+    """Return what of the groups' options a steady step has been built with."""
+    return [(group_options.layout, group_options.stochastic_rounding) for group_options in options]

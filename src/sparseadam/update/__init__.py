@@ -16,6 +16,7 @@ from .. import _validate
 from . import native, reference
 from ._types import RowUpdate, StepScalars, step_scalars
 from .native import SteadyStep
+from .reference import pay_decay
 
 __all__ = [
     "BACKENDS",
@@ -26,6 +27,7 @@ __all__ = [
     "backends",
     "check_backend",
     "list_tables",
+    "pay_decay",
     "step_scalars",
     "update_rows",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .._validate import GroupOptions, Place
 from ..moments import Moments
+
+# How backends are told what to do about rows whose gradient is not finite.
+NONFINITE = {"propagate": 0, "error": 1, "skip": 2}
 
 
 class StepScalars(NamedTuple):
@@ -18,7 +21,11 @@ class StepScalars(NamedTuple):
 
         exp_avg    = beta1 * exp_avg    + one_minus_beta1 * g
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
-        table     -= step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)
+        table      = decay * table - step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)
+
+    Where rows count their own touches, ``step_size`` and ``root_scale`` are computed for each, from ``lr``. Where rows
+    owe decay, it is ``exp(log_decay of the table, this step's included - what the row has paid)`` in place of
+    ``decay``.
     """
 
     beta1: float
@@ -28,6 +35,13 @@ class StepScalars(NamedTuple):
     step_size: float
     root_scale: float
     eps: float
+    decay: float
+    lr: float
+    torch_eps: bool
+    log_decay: float
+    seed: int
+    step: int
+    nonfinite: int
 
 
 class RowUpdate(NamedTuple):
@@ -44,6 +58,7 @@ class RowUpdate(NamedTuple):
     values: Tensor
     num_lookups: int
     scalars: StepScalars
+    stochastic_rounding: bool
 
 
 def step_scalars(options: GroupOptions, step: int) -> StepScalars:
@@ -53,21 +68,37 @@ def step_scalars(options: GroupOptions, step: int) -> StepScalars:
     ``step_size`` carries the first correction and ``root_scale`` the second. With ``torch_eps`` both are carried by
     ``step_size``, as the paper's more efficient order of section 2 and :class:`torch.optim.SparseAdam` have it, and
     ``eps`` is added to the uncorrected root. ``maximize`` negates the gradient, which only the first moment can tell.
+    Weight decay is decoupled (Loshchilov & Hutter, 2019): a factor of the weights before their step.
 
     Args:
         options: numbers of the parameter group.
         step: the table's step :math:`t`, counted from 1.
     """
-    bias_correction1 = 1.0 - options.beta1**step
-    root_correction2 = math.sqrt(1.0 - options.beta2**step)
+    step_size, root_scale = bias_corrections(options.lr, options.beta1, options.beta2, step, options.torch_eps)
     one_minus_beta1 = 1.0 - options.beta1
-    step_size = options.lr / bias_correction1
+    lost = options.lr * options.weight_decay
     return StepScalars(
         beta1=options.beta1,
         one_minus_beta1=-one_minus_beta1 if options.maximize else one_minus_beta1,
         beta2=options.beta2,
         one_minus_beta2=1.0 - options.beta2,
-        step_size=step_size * root_correction2 if options.torch_eps else step_size,
-        root_scale=1.0 if options.torch_eps else 1.0 / root_correction2,
+        step_size=step_size,
+        root_scale=root_scale,
         eps=options.eps,
+        decay=1.0 - lost,
+        lr=options.lr,
+        torch_eps=options.torch_eps,
+        log_decay=math.log1p(-lost) if options.layout.owes_decay else 0.0,
+        seed=options.seed or 0,
+        step=step,
+        nonfinite=NONFINITE[options.nonfinite],
     )
+
+
+def bias_corrections(lr: float, beta1: float, beta2: float, step: Any, torch_eps: bool) -> tuple[Any, Any]:
+    """Return ``step_size`` and ``root_scale`` after ``step`` steps: a number, or a tensor of the rows' own counts."""
+    step_size = lr / (1.0 - beta1**step)
+    root_correction2 = (1.0 - beta2**step) ** 0.5
+    if torch_eps:
+        return step_size * root_correction2, root_correction2**0
+    return step_size, 1.0 / root_correction2

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _validate
-from ..moments import Moments
+from ..moments import Moments, StateLayout
 from ._types import RowUpdate
 
 # Whether this torch takes the tables that were written all at once; older ones take one.
@@ -79,7 +79,7 @@ def prepare(update: RowUpdate) -> str | None:
     if moments.capacity < moments.num_rows:
         moments.grow(moments.num_slots + num_lookups)
     reason = _table_refusal(update.table, moments)
-    moments.native_table = None if reason else _make_handle(update.table, moments)
+    moments.native_table = None if reason else _make_handle(update)
     return reason
 
 
@@ -101,6 +101,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
 
     Raises:
         IndexError: an index outside its table, named; nothing was written.
+        RuntimeError: a gradient that is not finite where that is refused; nothing was written.
     """
     steps = [
         (
@@ -108,19 +109,18 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
             update.indices.data_ptr(),
             update.values.data_ptr(),
             update.num_lookups,
-            update.moments.num_slots,
             update.scalars,
+            update.moments.counter_addresses,
         )
         for update in updates
     ]
-    num_slots, bad = _module().step(steps, instruction_set(), torch.get_num_threads())
-    if bad is not None:
-        table_index, _, dim, index = bad
+    fault = _module().step(steps, instruction_set(), torch.get_num_threads())
+    if fault is not None:
+        table_index, bad_index, nonfinite_rows = fault
         update = updates[table_index]
-        sparse_shape = update.table.shape[: update.moments.sparse_dim]
-        raise _validate.row_error(update.place, sparse_shape, dim, index)
-    for update, count in zip(updates, num_slots, strict=True):
-        update.moments.num_slots = count
+        if bad_index is None:
+            raise _validate.nonfinite_error(update.place, nonfinite_rows)
+        raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
     _report_writes([update.table for update in updates if update.num_lookups > 0])
 
 
@@ -181,7 +181,7 @@ def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any]) ->
                     parameter=parameter,
                     moments=moments,
                     native_table=moments.native_table,
-                    counters=moments.counters_address,
+                    counters=moments.counter_addresses,
                 )
             elif parameter.grad is None:
                 steady.add_idle(parameter)
@@ -200,20 +200,41 @@ def _element_type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _make_handle(table: Tensor, moments: Moments) -> object:
-    rows, exp_avg, exp_avg_sq = moments.whole_memory()
+def _make_handle(update: RowUpdate) -> object:
+    table, moments = update.table, update.moments
+    parts = moments.whole_memory()
     return _module().Table(
         table=table.data_ptr(),
         table_stride=_row_stride(table, moments),
         element_type=_element_type(table.dtype),
         sparse_shape=list(table.shape[: moments.sparse_dim]),
         width=moments.width,
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        moment_stride=exp_avg.stride(0),
+        moments=_moment_memory(moments.layout, parts),
         slot_of_row=moments.slot_of_row.data_ptr(),
         wide_slots=moments.slot_of_row.dtype is torch.int64,
-        rows=rows.data_ptr(),
+        rows=parts["rows"].data_ptr(),
+        stochastic_rounding=update.stochastic_rounding,
+        stream=update.place.stream,
+    )
+
+
+def _moment_memory(layout: StateLayout, parts: Mapping[str, Tensor]) -> object:
+    def address(name: str) -> int:
+        return parts[name].data_ptr() if name in parts else 0
+
+    return _module().MomentMemory(
+        type="own" if layout.stored_dtype is None else _element_type(layout.stored_dtype),
+        one_exp_avg_sq_a_row=layout.one_exp_avg_sq_a_row,
+        exp_avg=address("exp_avg"),
+        exp_avg_sq=address("exp_avg_sq"),
+        max_exp_avg_sq=address("max_exp_avg_sq"),
+        exp_avg_stride=parts["exp_avg"].stride(0),
+        exp_avg_sq_stride=parts["exp_avg_sq"].stride(0),
+        exp_avg_scale=address("exp_avg_scale"),
+        exp_avg_sq_scale=address("exp_avg_sq_scale"),
+        scale_stride=parts["exp_avg_scale"].stride(0) if "exp_avg_scale" in parts else 0,
+        row_steps=address("row_steps"),
+        paid_log_decay=address("paid_log_decay"),
     )
 
 
