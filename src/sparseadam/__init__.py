@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 
+from .clip import clip_grad_norm_, clip_grad_value_, coalesce_grads_
 from .optimizer import SparseAdam
 from .update import Backend, backends
 
-__all__ = ["Backend", "SparseAdam", "backends"]
+__all__ = ["Backend", "SparseAdam", "backends", "clip_grad_norm_", "clip_grad_value_", "coalesce_grads_"]
 __version__ = version("sparseadam")

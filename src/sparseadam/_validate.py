@@ -319,6 +319,14 @@ def check_generator(generator: object) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
 
 
+def check_clip_value(value: object) -> float:
+    """Return ``clip_value`` as a float in [0, inf]."""
+    clip_value = _as_number(value, "clip_value")
+    if not clip_value >= 0.0:
+        raise ValueError(f"Invalid clip_value: {clip_value}. clip_value must be at least 0.")
+    return clip_value
+
+
 def check_backend_name(backend: object, known: Sequence[str]) -> None:
     """Refuse a backend that no version of this package has."""
     if backend is not None and backend not in known:
@@ -459,7 +467,7 @@ def values_error(place: Place, found: Sequence[int], wanted: Sequence[int]) -> R
     )
 
 
-def row_error(place: Place, sparse_shape: Sequence[int], dim: int, index: int) -> IndexError:
+def row_error(place: Place | str, sparse_shape: Sequence[int], dim: int, index: int) -> IndexError:
     """Make the error for an index outside the table."""
     size = sparse_shape[dim]
     if len(sparse_shape) == 1:
@@ -471,6 +479,23 @@ def row_error(place: Place, sparse_shape: Sequence[int], dim: int, index: int) -
     return IndexError(
         f"the gradient of {place} names {what}, but its table has {held}. "
         "No row was changed. Check the ids that are looked up, or build the table with more rows."
+    )
+
+
+def clip_layout_error(place: str, layout: torch.layout) -> RuntimeError:
+    """Make the error for a gradient to be clipped or coalesced that is neither dense nor COO."""
+    return RuntimeError(
+        f"the gradient of {place} has layout {layout}, but it must be dense or sparse in COO layout. "
+        "No gradient was changed. Convert it with grad.to_sparse_coo()."
+    )
+
+
+def clip_dtype_error(place: str, dtype: torch.dtype) -> RuntimeError:
+    """Make the error for a sparse gradient to be clipped or coalesced of a dtype that no table has."""
+    supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
+    return RuntimeError(
+        f"the sparse gradient of {place} has dtype {dtype}, but it must be one of {supported}. "
+        "No gradient was changed. Convert the parameter, or leave it out of the list."
     )
 
 
