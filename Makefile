@@ -26,7 +26,7 @@ $(BIN)/pip:
 # The dependencies, torch's pinned CPU build among them, change seldom; the package itself with every edit.
 $(VENV)/dependencies: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet ".[dev,bench,recipes]"
+	$(BIN)/pip install --quiet ".[dev,bench,recipes,works-with]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)

@@ -7,7 +7,7 @@ float32 moments of half-precision tables. So states are read here, exactly, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -103,6 +103,22 @@ def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Map
     read = {key: deepcopy(value) for key, value in saved.items() if key not in _IMPLEMENTATION_OPTIONS}
     kept = {key: group[key] for key in (*defaults, "param_names") if key in group}
     return {**kept, **read, "params": group["params"]}
+
+
+def by_number(states: Mapping[Any, Any], numbers: Iterable[Any]) -> dict[Any, Any]:
+    """Put states back under their parameters' numbers, which ``torch.distributed.checkpoint`` makes strings.
+
+    Where it loads in place, it leaves tensors under the number and puts everything else, the step, under the string:
+    what was read stands there.
+    """
+    states = dict(states)
+    for number in numbers:
+        if isinstance(number, int) and str(number) in states:
+            read, in_place = states.pop(str(number)), states.get(number)
+            if isinstance(read, Mapping) and isinstance(in_place, Mapping):
+                read = {**in_place, **read}
+            states[number] = read
+    return states
 
 
 def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, is_compact: bool) -> Moments:

@@ -503,7 +503,7 @@ class SparseAdam(torch.optim.Optimizer):
             for index, (key, table) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 tables[key] = table, Place(group, group_index, index), layout
         read: defaultdict[Any, Any] = defaultdict(dict)
-        for key, state in states.items():
+        for key, state in checkpoint.by_number(states, tables).items():
             if key not in tables:
                 read[key] = deepcopy(state)
             elif not isinstance(state, Mapping) or len(state) > 0:
