@@ -139,6 +139,8 @@ std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // An optimizer that steps from its parameters' hooks lives until the interpreter ends, and so do its handles.
+  nb::set_leak_warnings(false);
   m.doc() = "The sparse Adam step on the CPU. Private: called by sparseadam.update.native alone.";
   nb::class_<MomentMemory>(m, "MomentMemory", "Where a table's moments are, by address; 0 for those it does without.")
       .def(nb::new_(&make_moments), nb::kw_only(), nb::arg("type"), nb::arg("one_exp_avg_sq_a_row"), nb::arg("exp_avg"),

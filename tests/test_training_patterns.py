@@ -19,7 +19,7 @@ import torch
 from snapshot import snapshot
 from torch import Tensor, nn
 
-from sparseadam import SparseAdam
+from sparseadam import SparseAdam, coalesce_grads_
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 PLAIN = "The plain loop"
@@ -103,13 +103,6 @@ def scaled_step(training: Training, scaler: torch.amp.GradScaler, loss: Tensor) 
     for optimizer in training.optimizers:
         scaler.step(optimizer)
     scaler.update()
-
-
-def coalesce_grads_(parameters: Iterable[Tensor]) -> None:
-    """Sum the repeated rows of every sparse gradient, in memory of its own."""
-    for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce().clone()
 
 
 def sparse_gradient(table: Tensor, rows: list[int], values: list[float]) -> Tensor:

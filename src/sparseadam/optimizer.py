@@ -27,9 +27,13 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
     one sees to them itself.
     """
     observed = torch.optim.Optimizer.profile_hook_step(step)
+    # Compiled code that calls step() must not trace into it: it breaks there once in place of ten times.
+    untraced = torch.compiler.disable(observed)
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return untraced(self, *args, **kwargs)
         is_observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
