@@ -40,7 +40,7 @@ class Arena {
 
   void add_block(size_t num_bytes) {
     const size_t size = std::max(num_bytes, size_);
-    blocks_.push_back(std::make_unique<std::byte[]>(size));
+    blocks_.emplace_back(new std::byte[size]);  // make_unique would write zeros
     total_ = blocks_.size() == 1 ? size : total_ + size;
     size_ = size;
     used_ = 0;
