@@ -14,6 +14,10 @@ namespace sparseadam {
 
 class Arena {
  public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
   // Memory for `count` elements, not initialised, valid until `reset`.
   template <class T>
   T* take(int64_t count) {

@@ -8,14 +8,17 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "coalesce.h"
 #include "steady_step.h"
 #include "step.h"
 
@@ -130,6 +133,25 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
   return std::nullopt;
 }
 
+std::unique_ptr<Coalescing> make_coalescing(uintptr_t indices, const std::vector<int64_t>& sparse_shape,
+                                            int64_t num_lookups, int num_threads) {
+  int64_t num_rows = 1;
+  for (const int64_t size : sparse_shape) num_rows *= size;
+  const nb::gil_scoped_release release;
+  const Lookups lookups{at_address<const int64_t>(indices), sparse_shape.data(),
+                        static_cast<int64_t>(sparse_shape.size()), num_lookups};
+  return std::make_unique<Coalescing>(lookups, num_rows, num_threads);
+}
+
+void sum_lookups(const Coalescing& rows_of, uintptr_t values, int64_t width, const std::string& element_type,
+                 const std::string& instruction_set, uintptr_t rows, uintptr_t sums, int num_threads) {
+  const ElementType element = by_name(kElementTypes, element_type);
+  const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
+  const nb::gil_scoped_release release;
+  rows_of.sum(at_address<const void>(values), width, element, chosen, at_address<int64_t>(rows), at_address<void>(sums),
+              num_threads);
+}
+
 std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
   const ReadTensor reader = find_reader(tensor_type);
   if (reader == nullptr) return std::nullopt;
@@ -158,6 +180,14 @@ NB_MODULE(_native, m) {
   m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
         "Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or\n"
         "none. Returns None, or why not: (table, (dimension, index) or None, rows whose gradient is not finite).");
+  nb::class_<Coalescing>(m, "Coalescing", "The rows of a gradient's lookups, sorted, which are not kept alive.")
+      .def(nb::new_(&make_coalescing), nb::kw_only(), nb::arg("indices"), nb::arg("sparse_shape"),
+           nb::arg("num_lookups"), nb::arg("num_threads"))
+      .def_prop_ro("num_touched", &Coalescing::num_touched)
+      .def_prop_ro("has_bad_index", [](const Coalescing& self) { return self.bad_index().lookup >= 0; })
+      .def("sum", &sum_lookups, nb::kw_only(), nb::arg("values"), nb::arg("width"), nb::arg("element_type"),
+           nb::arg("instruction_set"), nb::arg("rows"), nb::arg("sums"), nb::arg("num_threads"),
+           "Write the touched rows and the sums of their values, in the dtype of their moments.");
   nb::class_<SteadyStep>(m, "SteadyStep", "A step whose tables all look as they did when they were listed here.")
       .def("add_group", &SteadyStep::add_group)
       .def(

@@ -370,18 +370,33 @@ SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run,
 }
 
 template <class Element, class Moment>
-SPARSEADAM_INLINE bool is_finite(const TableMemory& memory, const RowRun& run, int64_t r, void* scratch) {
+SPARSEADAM_INLINE void sum_row(const Element* values, int64_t width, const RowRun& run, int64_t r, Moment* sum) {
   const Partitioning& lookups = *run.lookups;
-  const auto* values = static_cast<const Element*>(memory.values);
-  auto* sum = static_cast<Moment*>(scratch);
-  const int64_t width = memory.width;
+  const Entry* sorted = lookups.sorted();
+  const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
+  const int64_t row_bytes = std::max<int64_t>(static_cast<int64_t>(sizeof(Element)) * width, 1);
+  const int64_t ahead = std::min(std::max(kPrefetchBytes / row_bytes, kMinPrefetchRows), kMaxPrefetchRows);
   std::fill(sum, sum + width, Moment{0});
   for (int64_t entry = run.begins[r]; entry < run.ends[r]; ++entry) {
-    add_values(sum, values + lookups.position_of(lookups.sorted()[entry]) * width, width);
+    prefetch(values + lookups.position_of(sorted[std::min(entry + ahead, last_entry)]) * width, row_bytes);
+    add_values(sum, values + lookups.position_of(sorted[entry]) * width, width);
   }
+}
+
+template <class Element, class Moment>
+SPARSEADAM_INLINE bool is_finite(const TableMemory& memory, const RowRun& run, int64_t r, void* scratch) {
+  auto* sum = static_cast<Moment*>(scratch);
+  sum_row(static_cast<const Element*>(memory.values), memory.width, run, r, sum);
   int64_t num_bad = 0;
-  for (int64_t i = 0; i < width; ++i) num_bad += std::isfinite(sum[i]) ? 0 : 1;
+  for (int64_t i = 0; i < memory.width; ++i) num_bad += std::isfinite(sum[i]) ? 0 : 1;
   return num_bad == 0;
+}
+
+template <class Element, class Moment>
+SPARSEADAM_INLINE void sum_rows(const void* values, int64_t width, const RowRun& run, void* sums) {
+  for (int64_t r = 0; r < run.num_rows; ++r) {
+    sum_row(static_cast<const Element*>(values), width, run, r, static_cast<Moment*>(sums) + r * width);
+  }
 }
 
 // One function per kind of table, for one instruction set.
@@ -394,6 +409,10 @@ SPARSEADAM_INLINE bool is_finite(const TableMemory& memory, const RowRun& run, i
   template <class Element, class Moment>                                                                  \
   TARGET bool is_finite_##SET(const TableMemory& memory, const RowRun& run, int64_t r, void* scratch) {   \
     return is_finite<Element, Moment>(memory, run, r, scratch);                                           \
+  }                                                                                                       \
+  template <class Element, class Moment>                                                                  \
+  TARGET void sum_rows_##SET(const void* values, int64_t width, const RowRun& run, void* sums) {          \
+    sum_rows<Element, Moment>(values, width, run, sums);                                                  \
   }
 
 SPARSEADAM_VARIANT(portable, )
@@ -409,13 +428,16 @@ RowKernels choose(bool is_plain, InstructionSet instruction_set) {
   using Any = AnyRows<Element, Moment>;
 #if defined(SPARSEADAM_X86)
   if (instruction_set == InstructionSet::kAvx512) {
-    return {is_plain ? update_rows_avx512<Plain> : update_rows_avx512<Any>, is_finite_avx512<Element, Moment>};
+    return {is_plain ? update_rows_avx512<Plain> : update_rows_avx512<Any>, is_finite_avx512<Element, Moment>,
+            sum_rows_avx512<Element, Moment>};
   }
   if (instruction_set == InstructionSet::kAvx2) {
-    return {is_plain ? update_rows_avx2<Plain> : update_rows_avx2<Any>, is_finite_avx2<Element, Moment>};
+    return {is_plain ? update_rows_avx2<Plain> : update_rows_avx2<Any>, is_finite_avx2<Element, Moment>,
+            sum_rows_avx2<Element, Moment>};
   }
 #endif
-  return {is_plain ? update_rows_portable<Plain> : update_rows_portable<Any>, is_finite_portable<Element, Moment>};
+  return {is_plain ? update_rows_portable<Plain> : update_rows_portable<Any>, is_finite_portable<Element, Moment>,
+          sum_rows_portable<Element, Moment>};
 }
 
 }  // namespace

@@ -104,9 +104,13 @@ constexpr int64_t kScratchRows = 5;
 // Whether the summed gradient of row r of a run is finite. `scratch` as above.
 using IsFinite = bool (*)(const TableMemory&, const RowRun&, int64_t r, void* scratch);
 
+// Writes the sum of each row's values, [num_rows, width], in the type of the moments. The run needs no slots.
+using SumRows = void (*)(const void* values, int64_t width, const RowRun&, void* sums);
+
 struct RowKernels {
   UpdateRows update_rows;
   IsFinite is_finite;
+  SumRows sum_rows;
 };
 
 // The instruction sets that this build has and this processor can run, slowest first.

@@ -30,6 +30,22 @@ def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int
     none. Returns None, or why not: (table, (dimension, index) or None, rows whose gradient is not finite).
     """
 
+class Coalescing:
+    """The rows of a gradient's lookups, sorted, which are not kept alive."""
+
+    def __init__(self, *, indices: int, sparse_shape: Sequence[int], num_lookups: int, num_threads: int) -> None: ...
+
+    @property
+    def num_touched(self) -> int: ...
+
+    @property
+    def has_bad_index(self) -> bool: ...
+
+    def sum(self, *, values: int, width: int, element_type: str, instruction_set: str, rows: int, sums: int, num_threads: int) -> None:
+        """
+        Write the touched rows and the sums of their values, in the dtype of their moments.
+        """
+
 class SteadyStep:
     """A step whose tables all look as they did when they were listed here."""
 

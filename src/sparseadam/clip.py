@@ -20,7 +20,7 @@ from torch.nn import utils
 
 from . import _validate
 from .moments import moment_dtype
-from .update.reference import coalesce_rows
+from .update import coalesce_rows
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
     """
     observed = torch.optim.Optimizer.profile_hook_step(step)
     # Compiled code that calls step() must not trace into it: it breaks there once in place of ten times.
-    untraced = torch.compiler.disable(observed)
+    untraced = torch.compiler.disable(observed)  # type: ignore[no-untyped-call]
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:

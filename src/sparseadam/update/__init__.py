@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _validate
@@ -26,6 +27,7 @@ __all__ = [
     "StepScalars",
     "backends",
     "check_backend",
+    "coalesce_rows",
     "list_tables",
     "pay_decay",
     "step_scalars",
@@ -114,6 +116,19 @@ def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], ba
     if backend == "reference" or native.module() is None:
         return None
     return native.list_tables(groups, state)
+
+
+def coalesce_rows(
+    indices: Tensor, values: Tensor, sparse_shape: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sum the lookups of each row, in lookup order; indices have been checked.
+
+    Returns:
+        The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
+    """
+    if native.module() is not None and native.can_coalesce(indices, values, sparse_shape, dtype):
+        return native.coalesce_rows(indices, values, sparse_shape, dtype)
+    return reference.coalesce_rows(indices, values, sparse_shape, dtype)
 
 
 def _uses_native(update: RowUpdate, backend: str | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _validate
-from ..moments import Moments, StateLayout
+from ..moments import Moments, StateLayout, moment_dtype
 from ._types import RowUpdate
 
 # Whether this torch takes the tables that were written all at once; older ones take one.
@@ -122,6 +123,44 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
             raise _validate.nonfinite_error(update.place, nonfinite_rows)
         raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
     _report_writes([update.table for update in updates if update.num_lookups > 0])
+
+
+def coalesce_rows(
+    indices: Tensor, values: Tensor, sparse_shape: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Do as ``reference.coalesce_rows`` does, for lookups inside their table that ``can_coalesce``."""
+    indices, values = indices.contiguous(), values.contiguous()
+    width = math.prod(values.shape[1:])
+    num_threads = torch.get_num_threads()
+    coalescing = _module().Coalescing(
+        indices=indices.data_ptr(),
+        sparse_shape=list(sparse_shape),
+        num_lookups=indices.shape[1],
+        num_threads=num_threads,
+    )
+    assert not coalescing.has_bad_index, "indices are checked before"
+    rows = torch.empty(coalescing.num_touched, dtype=torch.int64)
+    sums = torch.empty((coalescing.num_touched, *values.shape[1:]), dtype=dtype)
+    coalescing.sum(
+        values=values.data_ptr(),
+        width=width,
+        element_type=_element_type(values.dtype),
+        instruction_set=instruction_set(),
+        rows=rows.data_ptr(),
+        sums=sums.data_ptr(),
+        num_threads=num_threads,
+    )
+    return rows, sums
+
+
+def can_coalesce(indices: Tensor, values: Tensor, sparse_shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether native code can sum these lookups in ``dtype``."""
+    return (
+        values.device.type == "cpu"
+        and _element_type(values.dtype) in _module().element_types()
+        and dtype is moment_dtype(values.dtype)
+        and _module().fits(math.prod(sparse_shape), indices.shape[1])
+    )
 
 
 def _report_writes(tables: list[Tensor]) -> None:
