@@ -66,7 +66,7 @@ sanitize: $(VENV)/installed
 # The native step without Python. Without OpenMP the kernel starts threads of its own: GNU's OpenMP runtime is not
 # instrumented, and all that it orders would look like a race.
 STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp
-STEP_TEST_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -g -O1 -fno-omit-frame-pointer
+STEP_TEST_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread -g -O1 -fno-omit-frame-pointer
 sanitize-threads:
 	mkdir -p build/step_test
 	$(CXX) $(STEP_TEST_FLAGS) -fsanitize=thread $(STEP_TEST) -o build/step_test/threads

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORED = Path(__file__).resolve().with_suffix(".json")
 BUILD = ROOT / "build" / "instructions"
 # As the package is built, but without OpenMP, whose runtime would be counted too.
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 SOURCES = ("tests/step_test.cpp", "step.cpp", "partition.cpp", "row_update.cpp")
 
 TOLERANCE = 0.03

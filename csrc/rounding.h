@@ -15,7 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -93,39 +92,31 @@ struct Code {
   static constexpr int kTopExponent = (1 << kExponentBits) - 1;
   static constexpr uint32_t kLargest = (1u << (kExponentBits + kMantissaBits)) - 1;
   static constexpr float kTop = 2.0f - 1.0f / (1 << kMantissaBits);
+  // A code is the bits of a float with more of everything, but for the codes without exponent.
+  static constexpr uint32_t kOffset = static_cast<uint32_t>(127 - kTopExponent) << 23;
 
-  // The code of `value` in [0, kTop]: the bits of a float are such a code with more of everything.
-  static SPARSEADAM_INLINE uint32_t encode(float value, uint32_t random) {
-    constexpr uint32_t kOffset = static_cast<uint32_t>(127 - kTopExponent) << 23;
-    constexpr uint32_t kMask = (1u << kDroppedBits) - 1;
-    const uint32_t normal = (bits_of(value) - kOffset + (random & kMask)) >> kDroppedBits;
-    const auto subnormal = static_cast<uint32_t>(
-        static_cast<int32_t>(value * power_of_two(kTopExponent - 1 + kMantissaBits) + unit_interval(random)));
-    return std::min(value < power_of_two(1 - kTopExponent) ? subnormal : normal, kLargest);
-  }
-
-  // The values of all codes as shares of the scale.
-  static const std::array<float, kLargest + 1>& shares() {
-    static const std::array<float, kLargest + 1> made = [] {
-      std::array<float, kLargest + 1> values{};
-      for (uint32_t code = 0; code <= kLargest; ++code) {
-        const int exponent = static_cast<int>(code >> kMantissaBits);
-        const double fraction = static_cast<double>(code & ((1u << kMantissaBits) - 1)) / (1 << kMantissaBits);
-        const double value = exponent == 0 ? std::ldexp(fraction, 1 - kTopExponent)
-                                           : std::ldexp(1.0 + fraction, exponent - kTopExponent);
-        values[code] = static_cast<float>(value / static_cast<double>(kTop));
-      }
-      return values;
-    }();
-    return made;
-  }
-
- private:
   static constexpr float power_of_two(int exponent) {
     float value = 1.0f;
     for (int i = 0; i < exponent; ++i) value *= 2.0f;
     for (int i = 0; i > exponent; --i) value /= 2.0f;
     return value;
+  }
+  static constexpr float kSmallestNormal = power_of_two(1 - kTopExponent);
+  static constexpr float kSubnormalSpacing = power_of_two(1 - kTopExponent - kMantissaBits);
+
+  // The code of `value` in [0, kTop], up to rounding.
+  static SPARSEADAM_INLINE uint32_t encode(float value, uint32_t random) {
+    constexpr uint32_t kMask = (1u << kDroppedBits) - 1;
+    const uint32_t normal = (bits_of(value) - kOffset + (random & kMask)) >> kDroppedBits;
+    const float in_spacings = std::min(value, kSmallestNormal) * (1.0f / kSubnormalSpacing);
+    const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(in_spacings + unit_interval(random)));
+    return std::min(value < kSmallestNormal ? subnormal : normal, kLargest);
+  }
+
+  static SPARSEADAM_INLINE float decode(uint32_t code) {
+    const float normal = from_bits((code << kDroppedBits) + kOffset);
+    const float subnormal = static_cast<float>(static_cast<int32_t>(code)) * kSubnormalSpacing;
+    return code < (1u << kMantissaBits) ? subnormal : normal;
   }
 };
 
@@ -151,54 +142,71 @@ SPARSEADAM_INLINE float block_scale(const Moment* values, int64_t count) {
   return scale < kSmallestScale ? 0.0f : scale;
 }
 
-template <class Moment>
-SPARSEADAM_INLINE void encode_exp_avg(const Moment* values, int64_t width, uint32_t row_key, uint8_t* codes,
-                                      float* scales) {
-  for (int64_t begin = 0; begin < width; begin += kBlockSize) {
-    const int64_t end = std::min(begin + kBlockSize, width);
-    const float scale = block_scale(values + begin, end - begin);
-    scales[begin / kBlockSize] = scale;
-    const float to_unit = scale > 0.0f ? ExpAvgCode::kTop / scale : 0.0f;
-    for (int64_t i = begin; i < end; ++i) {
+// How a block of first moments, or of second ones, is put into codes and read back. `first` is the place of the block's
+// first element in its row. Codes are bytes, which may alias anything: without `__restrict__` no loop is vectorised.
+struct ExpAvgBlock {
+  template <class Moment>
+  static SPARSEADAM_INLINE void encode(const Moment* __restrict__ values, int64_t count, float to_unit,
+                                       uint32_t row_key, uint32_t first, uint8_t* __restrict__ codes) {
+    for (int64_t i = 0; i < count; ++i) {
       const auto value = static_cast<float>(values[i]);
-      const uint32_t random = random_bits(row_key, Rounded::kExpAvg, static_cast<uint32_t>(i));
-      const uint32_t code = ExpAvgCode::encode(scale > 0.0f ? std::fabs(value) * to_unit : 0.0f, random);
+      const uint32_t random = random_bits(row_key, Rounded::kExpAvg, first + static_cast<uint32_t>(i));
+      const uint32_t code = ExpAvgCode::encode(std::fabs(value) * to_unit, random);
       codes[i] = static_cast<uint8_t>(code | (bits_of(value) >> 31 << 7));
     }
   }
-}
-
-template <class Moment>
-SPARSEADAM_INLINE void decode_exp_avg(const uint8_t* codes, const float* scales, int64_t width, Moment* values) {
-  const float* shares = ExpAvgCode::shares().data();
-  for (int64_t i = 0; i < width; ++i) {
-    const float magnitude = shares[codes[i] & 0x7Fu] * scales[i / kBlockSize];
-    values[i] = static_cast<Moment>((codes[i] & 0x80u) != 0 ? -magnitude : magnitude);
+  template <class Moment>
+  static SPARSEADAM_INLINE void decode(const uint8_t* __restrict__ codes, int64_t count, float unit,
+                                       Moment* __restrict__ values) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t code = codes[i];
+      const float magnitude = ExpAvgCode::decode(code & 0x7Fu) * unit;
+      values[i] = static_cast<Moment>(from_bits(bits_of(magnitude) | (code >> 7 << 31)));
+    }
   }
-}
+};
 
-template <class Moment>
-SPARSEADAM_INLINE void encode_exp_avg_sq(const Moment* values, int64_t width, uint32_t row_key, uint8_t* codes,
-                                         float* scales) {
-  for (int64_t begin = 0; begin < width; begin += kBlockSize) {
-    const int64_t end = std::min(begin + kBlockSize, width);
-    const float scale = block_scale(values + begin, end - begin);
-    scales[begin / kBlockSize] = scale;
-    const float to_unit = scale > 0.0f ? ExpAvgSqCode::kTop / scale : 0.0f;
-    for (int64_t i = begin; i < end; ++i) {
+struct ExpAvgSqBlock {
+  template <class Moment>
+  static SPARSEADAM_INLINE void encode(const Moment* __restrict__ values, int64_t count, float to_unit,
+                                       uint32_t row_key, uint32_t first, uint8_t* __restrict__ codes) {
+    const uint32_t is_stored = to_unit > 0.0f ? 1u : 0u;
+    for (int64_t i = 0; i < count; ++i) {
       const auto value = static_cast<float>(values[i]);
-      const uint32_t random = random_bits(row_key, Rounded::kExpAvgSq, static_cast<uint32_t>(i));
-      const uint32_t code = ExpAvgSqCode::encode(scale > 0.0f ? value * to_unit : 0.0f, random);
-      const uint32_t smallest = value > 0.0f && scale > 0.0f ? 1u : 0u;
-      codes[i] = static_cast<uint8_t>(std::max(code, smallest));
+      const uint32_t random = random_bits(row_key, Rounded::kExpAvgSq, first + static_cast<uint32_t>(i));
+      const uint32_t code = ExpAvgSqCode::encode(value * to_unit, random);
+      codes[i] = static_cast<uint8_t>(std::max(code, value > 0.0f ? is_stored : 0u));
+    }
+  }
+  template <class Moment>
+  static SPARSEADAM_INLINE void decode(const uint8_t* __restrict__ codes, int64_t count, float unit,
+                                       Moment* __restrict__ values) {
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<Moment>(ExpAvgSqCode::decode(codes[i]) * unit);
+  }
+};
+
+template <class Block, class Moment>
+SPARSEADAM_INLINE void encode_row(const Moment* values, int64_t width, uint32_t row_key, uint8_t* codes,
+                                  float* scales) {
+  for (int64_t begin = 0; begin < width; begin += kBlockSize) {
+    const int64_t count = std::min(kBlockSize, width - begin);
+    const float scale = block_scale(values + begin, count);
+    scales[begin / kBlockSize] = scale;
+    if (scale > 0.0f) {
+      Block::encode(values + begin, count, ExpAvgCode::kTop / scale, row_key, static_cast<uint32_t>(begin),
+                    codes + begin);
+    } else {  // zero, or NaN, which makes NaN of any code
+      std::memset(codes + begin, 0, static_cast<size_t>(count));
     }
   }
 }
 
-template <class Moment>
-SPARSEADAM_INLINE void decode_exp_avg_sq(const uint8_t* codes, const float* scales, int64_t width, Moment* values) {
-  const float* shares = ExpAvgSqCode::shares().data();
-  for (int64_t i = 0; i < width; ++i) values[i] = static_cast<Moment>(shares[codes[i]] * scales[i / kBlockSize]);
+template <class Block, class Moment>
+SPARSEADAM_INLINE void decode_row(const uint8_t* codes, const float* scales, int64_t width, Moment* values) {
+  for (int64_t begin = 0; begin < width; begin += kBlockSize) {
+    const int64_t count = std::min(kBlockSize, width - begin);
+    Block::decode(codes + begin, count, scales[begin / kBlockSize] / ExpAvgCode::kTop, values + begin);
+  }
 }
 
 }  // namespace sparseadam

@@ -203,8 +203,8 @@ class AnyRows {
       const auto* stored = at<const BFloat16>(moments_.exp_avg, begin);
       for (int64_t i = 0; i < memory_.width; ++i) exp_avg_[i] = widen(stored[i]);
     } else {
-      decode_exp_avg(at<uint8_t>(moments_.exp_avg, begin), moments_.exp_avg_scale + slot * moments_.scale_stride,
-                     memory_.width, exp_avg_);
+      decode_row<ExpAvgBlock>(at<uint8_t>(moments_.exp_avg, begin),
+                              moments_.exp_avg_scale + slot * moments_.scale_stride, memory_.width, exp_avg_);
     }
     return exp_avg_;
   }
@@ -214,8 +214,8 @@ class AnyRows {
     if (moments_.type == MomentType::kBFloat16) {
       store_bfloat16(exp_avg, at<BFloat16>(moments_.exp_avg, begin), key, Rounded::kExpAvg);
     } else if (moments_.type == MomentType::kCode8) {
-      encode_exp_avg(exp_avg, memory_.width, key, at<uint8_t>(moments_.exp_avg, begin),
-                     moments_.exp_avg_scale + slot * moments_.scale_stride);
+      encode_row<ExpAvgBlock>(exp_avg, memory_.width, key, at<uint8_t>(moments_.exp_avg, begin),
+                              moments_.exp_avg_scale + slot * moments_.scale_stride);
     }
   }
 
@@ -237,8 +237,8 @@ class AnyRows {
       const auto* stored = at<const BFloat16>(moments_.exp_avg_sq, begin);
       for (int64_t i = 0; i < memory_.width; ++i) exp_avg_sq_[i] = widen(stored[i]);
     } else {
-      decode_exp_avg_sq(at<uint8_t>(moments_.exp_avg_sq, begin),
-                        moments_.exp_avg_sq_scale + slot * moments_.scale_stride, memory_.width, exp_avg_sq_);
+      decode_row<ExpAvgSqBlock>(at<uint8_t>(moments_.exp_avg_sq, begin),
+                                moments_.exp_avg_sq_scale + slot * moments_.scale_stride, memory_.width, exp_avg_sq_);
     }
     for (int64_t i = 0; i < memory_.width; ++i) {
       const Moment grad = widen(gradient[i]);
@@ -253,8 +253,8 @@ class AnyRows {
     if (moments_.type == MomentType::kBFloat16) {
       store_bfloat16(exp_avg_sq, at<BFloat16>(moments_.exp_avg_sq, begin), key, Rounded::kExpAvgSq);
     } else if (moments_.type == MomentType::kCode8) {
-      encode_exp_avg_sq(exp_avg_sq, memory_.width, key, at<uint8_t>(moments_.exp_avg_sq, begin),
-                        moments_.exp_avg_sq_scale + slot * moments_.scale_stride);
+      encode_row<ExpAvgSqBlock>(exp_avg_sq, memory_.width, key, at<uint8_t>(moments_.exp_avg_sq, begin),
+                                moments_.exp_avg_sq_scale + slot * moments_.scale_stride);
     }
   }
 

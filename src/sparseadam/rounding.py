@@ -113,14 +113,13 @@ _TOP = 2.0 - 2.0**-_MANTISSA_BITS
 
 
 @cache
-def _shares(exponent_bits: int, device: torch.device) -> Tensor:
-    """Return the values of all codes as shares of their scale, float32."""
+def _units(exponent_bits: int, device: torch.device) -> Tensor:
+    """Return the values of all codes where the scale is ``_TOP``, float32."""
+    top = _top_exponent(exponent_bits)
     values = []
     for code in range(2 ** (exponent_bits + _MANTISSA_BITS)):
         exponent, fraction = code >> _MANTISSA_BITS, (code % 2**_MANTISSA_BITS) / 2**_MANTISSA_BITS
-        top = _top_exponent(exponent_bits)
-        value = math.ldexp(1.0 + fraction, exponent - top) if exponent else math.ldexp(fraction, 1 - top)
-        values.append(value / _TOP)
+        values.append(math.ldexp(1.0 + fraction, exponent - top) if exponent else math.ldexp(fraction, 1 - top))
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -155,14 +154,15 @@ def encode_exp_avg(values: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """Return uint8 codes of first moments ``[num_rows, width]`` and scales ``[num_rows, num_blocks]``."""
     values = values.to(torch.float32)
     codes, scales = _encode(values.abs(), random, _EXP_AVG_EXPONENT_BITS)
-    return (codes + 128 * values.signbit()).to(torch.uint8), scales
+    is_stored = _scale_of_each(scales, values.shape[1]) > 0
+    return (codes + 128 * (values.signbit() & is_stored)).to(torch.uint8), scales
 
 
 def decode_exp_avg(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the float32 first moments that codes ``[num_rows, width]`` stand for."""
     codes = codes.to(torch.int64)
-    shares = _shares(_EXP_AVG_EXPONENT_BITS, codes.device)[codes & 127]
-    magnitudes = shares * _scale_of_each(scales, codes.shape[1])
+    units = _units(_EXP_AVG_EXPONENT_BITS, codes.device)[codes & 127]
+    magnitudes = units * _scale_of_each(scales / _TOP, codes.shape[1])
     return torch.where(codes >= 128, -magnitudes, magnitudes)
 
 
@@ -176,5 +176,5 @@ def encode_exp_avg_sq(values: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode_exp_avg_sq(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the float32 second moments that codes ``[num_rows, width]`` stand for."""
-    shares = _shares(_EXP_AVG_SQ_EXPONENT_BITS, codes.device)[codes.to(torch.int64)]
-    return shares * _scale_of_each(scales, codes.shape[1])
+    units = _units(_EXP_AVG_SQ_EXPONENT_BITS, codes.device)[codes.to(torch.int64)]
+    return units * _scale_of_each(scales / _TOP, codes.shape[1])
