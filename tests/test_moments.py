@@ -126,3 +126,16 @@ def test_resident_memory_is_what_the_touched_rows_need(backend: str) -> None:
     allowance = 16 << 20
     assert resident < 1.15 * moments + allowance
     assert peak < 1.3 * moments + allowance
+
+
+def test_a_table_without_slots_yet_takes_another_sparse_dim_with_what_it_owes(backend: str) -> None:
+    table = torch.nn.Parameter(torch.ones(4, 3))
+    options = {"weight_decay": 0.5, "weight_decay_mode": "exact", "bias_correction": "row"}
+    optimizer = SparseAdam([table], lr=0.1, backend=backend, **options)
+    for sparse_dim in (2, 1, 2):
+        no_lookups = torch.empty(sparse_dim, 0, dtype=torch.long), torch.empty(0, *table.shape[sparse_dim:])
+        table.grad = torch.sparse_coo_tensor(*no_lookups, table.shape, check_invariants=True)
+        optimizer.step()
+    optimizer.flush()
+    assert optimizer.state[table]["step"] == 3
+    torch.testing.assert_close(table.detach(), torch.full((4, 3), 0.95**3))

@@ -290,9 +290,13 @@ class Moments(MutableMapping[str, Any]):
         """Return the same state for gradients of another ``sparse_dim``, whose rows are larger or smaller.
 
         A row that becomes part of a larger one brings its moments; the others of the larger row's moments are zero,
-        which is what never having been touched means. Only where all that is kept belongs to single elements.
+        which is what never having been touched means. Only without slots, or where all that is kept belongs to single
+        elements.
         """
         changed = Moments(self.shape, sparse_dim, self.dtype, self.device, self.layout)
+        changed.step, changed.num_skipped, changed.log_decay = self.step, self.num_skipped, self.log_decay
+        if self.num_slots == 0:
+            return changed
         names = [name for name in _EXP_AVGS if name in self]
         if sparse_dim > self.sparse_dim:
             parts = changed.num_rows // max(self.num_rows, 1)
@@ -300,10 +304,9 @@ class Moments(MutableMapping[str, Any]):
             rows = (self.rows[:, None] * parts + offsets).flatten()
             shape = (len(rows), *changed.row_shape)
             cut = {name: self[name].reshape(shape) for name in names}
-            changed.fill({"step": self.step, "num_skipped": self.num_skipped, "rows": rows, **cut})
+            changed.fill({"rows": rows, **cut})
             return changed
         parts = self.num_rows // max(changed.num_rows, 1)
-        changed.step, changed.num_skipped = self.step, self.num_skipped
         whole = self.rows // max(parts, 1)
         changed.claim_slots(torch.unique(whole))
         slots = changed.slot_of_row[whole].to(torch.int64) - 1
