@@ -63,14 +63,20 @@ SPARSEADAM_INLINE float from_bits(uint32_t bits) {
 // In [0, 1), a multiple of 2**-24.
 SPARSEADAM_INLINE float unit_interval(uint32_t random) { return static_cast<float>(random >> 8) * 0x1p-24f; }
 
+// What lies above the largest finite number is left to rounding to nearest: chance must not make infinity of less.
 SPARSEADAM_INLINE void narrow_stochastic(float value, uint32_t random, BFloat16* to) {
-  const uint32_t rounded = (bits_of(value) + (random & 0xFFFFu)) >> 16;
-  to->bits = static_cast<uint16_t>(value == value ? rounded : 0x7FC0u);
+  constexpr uint32_t kLargest = 0x7F7F0000u;
+  const uint32_t magnitude = bits_of(value) & 0x7FFFFFFFu;
+  const uint32_t sign = bits_of(value) & 0x80000000u;
+  const uint32_t rounded = std::min((magnitude + (random & 0xFFFFu)) & 0xFFFF0000u, kLargest);
+  BFloat16 nearest;
+  narrow(value, &nearest);
+  to->bits = magnitude <= kLargest ? static_cast<uint16_t>((rounded | sign) >> 16) : nearest.bits;
 }
 
 #if defined(SPARSEADAM_HAS_FLOAT16)
 // Rounded among float's values that float16 has as well, so that the conversion is exact. Below 2**-14 those are 2**-24
-// apart. What lies above the largest of them is left to the conversion: chance must not make infinity of it.
+// apart.
 SPARSEADAM_INLINE void narrow_stochastic(float value, uint32_t random, Float16* to) {
   const float magnitude = std::fabs(value);
   const float normal = from_bits((bits_of(magnitude) + (random & 0x1FFFu)) & ~0x1FFFu);

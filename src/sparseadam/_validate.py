@@ -204,13 +204,16 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
             to ignore.
     """
     try:
-        lr, betas, *others = map(group.__getitem__, GROUP_OPTIONS)
+        lr, betas, eps, maximize, weight_decay, *others = map(group.__getitem__, GROUP_OPTIONS)
     except KeyError:
         missing = ", ".join(name for name in GROUP_OPTIONS if name not in group)
         raise ValueError(f"{missing} missing from parameter group {group_index}. Set it to its default.") from None
     values = (
-        float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex() else lr,
+        _as_it_stands(lr),
         tuple(betas) if isinstance(betas, list) else betas,
+        _as_it_stands(eps),
+        maximize,
+        _as_it_stands(weight_decay),
         *others,
         group.get(SEED),
     )
@@ -222,6 +225,11 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
             return _read_options(*values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} Found in parameter group {group_index}.") from None
+
+
+def _as_it_stands(value: Any) -> Any:
+    """Return the number that a one-element tensor holds now: what is remembered of options must not change later."""
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
 
 
 def _read_options(

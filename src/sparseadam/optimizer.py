@@ -327,13 +327,23 @@ class SparseAdam(torch.optim.Optimizer):
         Until then the weights of a row are those of its last touch. Call it before weights are read directly (to
         evaluate, to export); a checkpoint needs no flush, since what is owed is saved with it. It passes over every
         row of the tables.
+
+        Raises:
+            RuntimeError: a table has another shape than its moments were made for. Nothing has been changed.
+            ValueError: an option of a group has been set outside its range. Nothing has been changed.
         """
+        options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
+        owing = []
         for group_index, group in enumerate(self.param_groups):
-            options = _validate.check_group(group, group_index)
             for position, table in enumerate(group["params"]):
                 moments = self.state.get(table)
                 if isinstance(moments, Moments) and moments.layout.owes_decay:
-                    self._pay_decay(table, moments, Place(group, group_index, position), options)
+                    place = Place(group, group_index, position)
+                    if moments.shape != table.shape:
+                        raise _validate.moment_shape_error(place, moments.shape, table.shape)
+                    owing.append((table, moments, place))
+        for table, moments, place in owing:
+            self._pay_decay(table, moments, place, options[place.group_index])
 
     def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         rounds = options.stochastic_rounding

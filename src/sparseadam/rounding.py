@@ -87,12 +87,13 @@ def round_stochastically(values: Tensor, random: Tensor, dtype: torch.dtype) -> 
     Args:
         values: of any floating dtype; taken as float32.
         random: bits of ``random_bits``, of the same shape.
-        dtype: ``torch.bfloat16`` or ``torch.float16``. Chance makes no infinity of a finite float16.
+        dtype: ``torch.bfloat16`` or ``torch.float16``. Chance makes no infinity of a number that has finite neighbours.
     """
     values = values.to(torch.float32)
     if dtype is torch.bfloat16:
-        rounded = _from_bits((_bits_of(values) + (random & 0xFFFF)) & 0xFFFF0000)
-        return torch.where(values.isnan(), values, rounded).to(dtype)
+        limit = torch.finfo(dtype).max
+        rounded = _from_bits((_bits_of(values) + (random & 0xFFFF)) & 0xFFFF0000).clamp(-limit, limit)
+        return torch.where(values.abs() <= limit, rounded, values).to(dtype)
     magnitude = values.abs()
     normal = _from_bits((_bits_of(magnitude) + (random & 0x1FFF)) & 0xFFFFE000)
     subnormal = torch.floor(magnitude * 2.0**24 + _unit_interval(random)) * 2.0**-24
@@ -132,7 +133,7 @@ def _block_scales(magnitudes: Tensor) -> Tensor:
     num_rows, width = magnitudes.shape
     padded = magnitudes.new_zeros((num_rows, num_blocks(width) * BLOCK_SIZE))
     padded[:, :width] = magnitudes
-    scales = padded.reshape(num_rows, -1, BLOCK_SIZE).amax(2)  # a NaN among them is the largest
+    scales = padded.reshape(num_rows, num_blocks(width), BLOCK_SIZE).amax(2)  # a NaN among them is the largest
     scales = torch.where(scales.isfinite(), scales, torch.nan)
     return torch.where(scales < _SMALLEST_SCALE, 0.0, scales)
 

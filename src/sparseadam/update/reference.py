@@ -5,6 +5,7 @@ Computes in the dtype of the moments (float32 for half-precision tables) and rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -113,8 +114,9 @@ def _update_table(update: RowUpdate) -> None:
 
 def _mean_square(grad: Tensor) -> Tensor:
     square = grad * grad
-    mean: Tensor = square.flatten(1).mean(1) if grad.dim() > 1 else square
-    return mean
+    # The mean of a row without elements is taken as zero.
+    width = math.prod(grad.shape[1:])
+    return square.reshape(len(grad), width).sum(1) / max(width, 1)
 
 
 def _row_corrections(moments: Moments, slots: Tensor, scalars: StepScalars) -> tuple[float | Tensor, float | Tensor]:
@@ -163,6 +165,8 @@ def _write_table(
 ) -> None:
     """Change rows of a table, in the dtype of its moments, and round them once."""
     # A table may have any strides, so it is indexed by its own leading dimensions and not viewed as [num_rows, width].
+    if len(rows) == 0:
+        return
     index = torch.unravel_index(rows, table.shape[: moments.sparse_dim]) if moments.sparse_dim > 0 else (None,)
     weights = change(table[index].to(moments.dtype))
     if random is None:
