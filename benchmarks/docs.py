@@ -13,6 +13,7 @@ from pathlib import Path
 
 import contention
 import memory
+import options
 import overhead
 import scaling
 import step_profile
@@ -25,7 +26,7 @@ from sparseadam.bench.report import Column, Record, markdown_table, read_json_li
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 SCRIPTS: tuple[Script, ...] = tuple(
-    module.SCRIPT for module in (scaling, overhead, threads, contention, memory, step_profile)
+    module.SCRIPT for module in (scaling, overhead, options, threads, contention, memory, step_profile)
 )
 STEP = "step"
 
