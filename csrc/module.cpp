@@ -197,6 +197,8 @@ NB_MODULE(_native, m) {
           },
           nb::kw_only(), nb::arg("parameter"), nb::arg("moments"), nb::arg("native_table"), nb::arg("counters"))
       .def("add_idle", &SteadyStep::add_idle, nb::arg("parameter"))
+      .def("add_dense", &SteadyStep::add_dense, nb::arg("parameter"), nb::arg("state"),
+           nb::sig("def add_dense(self, parameter: object, state: dict[str, object]) -> None"))
       .def(
           "run",
           [](const SteadyStep& self, nb::dict state, nb::list groups, nb::list scalars_at,
@@ -208,9 +210,9 @@ NB_MODULE(_native, m) {
           nb::arg("num_threads"),
           nb::sig("def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], "
                   "instruction_set: "
-                  "str, num_threads: int) -> list[object] | None"),
-          "Step all tables that have a gradient: the parameters that were written, or None and nothing written where\n"
-          "something is not as it was.");
+                  "str, num_threads: int) -> tuple[list[object], list[object]] | None"),
+          "Step all tables that have a gradient: the parameters that were written, and the gradients of the dense\n"
+          "ones (None where there is none); or None and nothing written where something is not as it was.");
   m.def("steady_step", &make_steady_step, nb::arg("tensor_type"),
         "An empty SteadyStep, or None where the tensors of this type cannot be read through DLPack's C interface.");
 }

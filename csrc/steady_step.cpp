@@ -103,6 +103,7 @@ struct SteadyStep::Reading {
   std::vector<TableStep> steps;
   std::vector<const Parameter*> parameters;
   std::vector<nb::object> gradients;  // keep alive what `steps` point to
+  nb::list dense_gradients;
   nb::handle scalars_at;
   int64_t scalars_step = 0;
   ScalarArray scalars{};
@@ -131,20 +132,54 @@ bool SteadyStep::Look::fits(const nb::dlpack::dltensor& tensor) const {
          std::equal(strides.begin(), strides.end(), tensor.strides);
 }
 
-void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object native_table,
-                           const Counters& counters) {
+bool SteadyStep::Look::is_like(const nb::dlpack::dltensor& tensor) const {
+  if (tensor.device.device_type != device.device_type || tensor.device.device_id != device.device_id ||
+      !is_same_dtype(tensor.dtype, dtype) || static_cast<size_t>(tensor.ndim) != shape.size()) {
+    return false;
+  }
+  for (size_t dim = 0; dim < shape.size(); ++dim) {
+    const bool has_stride = shape[dim] == 1 || tensor.strides[dim] == strides[dim];
+    if (tensor.shape[dim] != shape[dim] || !has_stride) return false;
+  }
+  return true;
+}
+
+SteadyStep::Look SteadyStep::look_at(nb::handle object) const {
   nb::dlpack::dltensor tensor;
-  if (read_tensor_(parameter.ptr(), &tensor) != 0) throw nb::python_error();
-  const auto* table = nb::cast<const Table*>(native_table);
+  if (read_tensor_(object.ptr(), &tensor) != 0) throw nb::python_error();
   Look look{memory_of(tensor), tensor.device, tensor.dtype, {}, {}};
   look.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
   look.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  return look;
+}
+
+bool SteadyStep::looks_like(nb::handle object, const Look& look) const {
+  nb::dlpack::dltensor tensor;
+  if (read_tensor_(object.ptr(), &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return look.is_like(tensor);
+}
+
+void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object native_table,
+                           const Counters& counters) {
+  const auto* table = nb::cast<const Table*>(native_table);
+  Look look = look_at(parameter);
   groups_.back().push_back(
-      {std::move(parameter), std::move(moments), std::move(native_table), table, counters, std::move(look)});
+      {std::move(parameter), std::move(moments), std::move(native_table), table, counters, std::move(look), {}});
 }
 
 void SteadyStep::add_idle(nb::object parameter) {
-  groups_.back().push_back({std::move(parameter), {}, {}, nullptr, {}, {}});
+  groups_.back().push_back({std::move(parameter), {}, {}, nullptr, {}, {}, {}});
+}
+
+void SteadyStep::add_dense(nb::object parameter, nb::dict state) {
+  std::vector<Part> parts;
+  for (const auto& [name, part] : state) parts.push_back({nb::borrow(part), look_at(part)});
+  Look look = look_at(parameter);
+  groups_.back().push_back(
+      {std::move(parameter), std::move(state), {}, nullptr, {}, std::move(look), std::move(parts)});
 }
 
 bool SteadyStep::read_group(const std::vector<Parameter>& group, nb::dict state, nb::handle parameters,
@@ -159,11 +194,26 @@ bool SteadyStep::read_group(const std::vector<Parameter>& group, nb::dict state,
     if (!listed[i].is(parameter.object)) return false;
     nb::object gradient = nb::steal(PyObject_GetAttr(parameter.object.ptr(), names().grad.ptr()));
     if (!gradient.is_valid()) throw nb::python_error();
+    const bool is_dense = !parameter.parts.empty();
+    if (is_dense) reading.dense_gradients.append(gradient);
     if (gradient.is_none()) continue;
-    if (parameter.table == nullptr) return false;
+    if (parameter.table == nullptr && !is_dense) return false;
     const nb::handle moments = PyDict_GetItemWithError(state.ptr(), parameter.object.ptr());
-    if (!moments.is(parameter.moments) || !read_table(parameter, gradient, reading)) return false;
+    if (!moments.is(parameter.moments)) return false;
+    if (is_dense ? !is_dense_as_before(parameter, gradient) : !read_table(parameter, gradient, reading)) return false;
     reading.gradients.push_back(std::move(gradient));
+  }
+  return true;
+}
+
+bool SteadyStep::is_dense_as_before(const Parameter& parameter, nb::handle gradient) const {
+  if (!looks_like(parameter.object, parameter.look) || !looks_like(gradient, parameter.look)) return false;
+  const auto state = nb::borrow<nb::dict>(parameter.moments);
+  if (state.size() != parameter.parts.size()) return false;
+  auto before = parameter.parts.begin();
+  for (const auto& [name, part] : state) {
+    if (!part.is(before->tensor) || !looks_like(part, before->look)) return false;
+    ++before;
   }
   return true;
 }
@@ -226,7 +276,7 @@ nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at,
     advance(parameter.counters, reading.steps[i]);
     if (reading.steps[i].num_lookups > 0) written.append(parameter.object);
   }
-  return written;
+  return nb::make_tuple(std::move(written), std::move(reading.dense_gradients));
 }
 
 }  // namespace sparseadam

@@ -41,15 +41,18 @@ class SteadyStep {
 
   void add_group() { groups_.emplace_back(); }
 
-  // Append a parameter to the last group: one that has moments, or one that has none, which must not have a gradient
-  // either when the step is taken.
+  // Append a parameter to the last group: one that has moments; one that has none, which must not have a gradient
+  // either when the step is taken; or one with dense gradients and a dict of tensors for its state, which is only
+  // looked at, for the caller to step.
   void add_table(nanobind::object parameter, nanobind::object moments, nanobind::object native_table,
                  const Counters& counters);
   void add_idle(nanobind::object parameter);
+  void add_dense(nanobind::object parameter, nanobind::dict state);
 
-  // Steps all tables that have a gradient and returns the parameters that were written, or None where something is not
-  // as it was, or an index out of range: then nothing was written. `groups` are the groups' lists of parameters as they
-  // are now, and `scalars_at` gives the numbers of each group's step.
+  // Steps all tables that have a gradient and returns the parameters that were written, and the gradients of the dense
+  // parameters (None where there is none); or None where something is not as it was, or an index out of range: then
+  // nothing was written. `groups` are the groups' lists of parameters as they are now, and `scalars_at` gives the
+  // numbers of each group's step.
   nanobind::object run(nanobind::dict state, nanobind::list groups, nanobind::list scalars_at,
                        InstructionSet instruction_set, int num_threads) const;
 
@@ -60,12 +63,18 @@ class SteadyStep {
     nanobind::dlpack::dtype dtype{};
     std::vector<int64_t> shape, strides;
     bool fits(const nanobind::dlpack::dltensor& tensor) const;
+    bool is_like(const nanobind::dlpack::dltensor& tensor) const;  // at any address
+  };
+  struct Part {
+    nanobind::object tensor;
+    Look look;
   };
   struct Parameter {
     nanobind::object object, moments, native_table;
     const Table* table = nullptr;
     Counters counters{};
     Look look;
+    std::vector<Part> parts;  // of a dense state, which is in place of the moments; none for others
   };
   struct Reading;  // what a run collects
 
@@ -74,6 +83,9 @@ class SteadyStep {
   bool read_table(const Parameter& parameter, nanobind::handle gradient, Reading& reading) const;
   bool read_lookups(const Parameter& parameter, nanobind::handle indices, nanobind::handle values,
                     const ScalarArray& scalars, Reading& reading) const;
+  bool is_dense_as_before(const Parameter& parameter, nanobind::handle gradient) const;
+  bool looks_like(nanobind::handle tensor, const Look& look) const;
+  Look look_at(nanobind::handle tensor) const;
 
   ReadTensor read_tensor_;
   std::vector<std::vector<Parameter>> groups_;

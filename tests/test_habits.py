@@ -678,7 +678,7 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         real(updates)
 
     monkeypatch.setattr(native, "update_rows", count)
-    monkeypatch.setattr(native, "list_tables", lambda groups, state: None)
+    monkeypatch.setattr(native, "list_tables", lambda *_: None)
     yield calls
 
 

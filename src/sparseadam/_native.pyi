@@ -55,10 +55,12 @@ class SteadyStep:
 
     def add_idle(self, parameter: object) -> None: ...
 
-    def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], instruction_set: str, num_threads: int) -> list[object] | None:
+    def add_dense(self, parameter: object, state: dict[str, object]) -> None: ...
+
+    def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], instruction_set: str, num_threads: int) -> tuple[list[object], list[object]] | None:
         """
-        Step all tables that have a gradient: the parameters that were written, or None and nothing written where
-        something is not as it was.
+        Step all tables that have a gradient: the parameters that were written, and the gradients of the dense
+        ones (None where there is none); or None and nothing written where something is not as it was.
         """
 
 def steady_step(tensor_type: object) -> SteadyStep | None:

@@ -32,6 +32,7 @@ GROUP_OPTIONS = (
     "second_moment",
     "moment_dtype",
     "stochastic_rounding",
+    "dense_gradients",
     "nonfinite",
     "torch_eps",
 )
@@ -44,6 +45,7 @@ CHOICES = {
     "weight_decay_mode": ("touched", "exact"),
     "bias_correction": ("table", "row"),
     "second_moment": ("element", "row"),
+    "dense_gradients": ("error", "adam"),
     "nonfinite": ("propagate", "error", "skip"),
 }
 MOMENT_DTYPES = (torch.bfloat16, torch.uint8)
@@ -94,6 +96,7 @@ class GroupOptions(NamedTuple):
     nonfinite: str
     stochastic_rounding: bool
     seed: int | None
+    dense_gradients: str
     layout: StateLayout
 
 
@@ -244,6 +247,7 @@ def _read_options(
     second_moment: object,
     moment_dtype: object,
     stochastic_rounding: object,
+    dense_gradients: object,
     nonfinite: object,
     torch_eps: object,
     seed: object,
@@ -267,6 +271,7 @@ def _read_options(
         nonfinite=check_choice(nonfinite, "nonfinite"),
         stochastic_rounding=_check_flag(stochastic_rounding, "stochastic_rounding"),
         seed=None if seed is None else _check_seed(seed),
+        dense_gradients=check_choice(dense_gradients, "dense_gradients"),
         layout=layout,
     )
     _check_together(options)
@@ -446,8 +451,33 @@ def dense_gradient_error(place: Place, shape: Sequence[int]) -> RuntimeError:
         "SparseAdam does not support dense gradients, please consider Adam instead. "
         f"The gradient of {place}, shape {shape_text(shape)}, is dense. Likely causes: a layer built without "
         "sparse=True, as in nn.Embedding(..., sparse=True); a table tied to a dense layer, such as an output "
-        "projection; or a penalty on all of the table's weights. Make every use of the table sparse, or give this "
-        "parameter to torch.optim.Adam."
+        "projection; or a penalty on all of the table's weights. Make every use of the table sparse, pass "
+        'dense_gradients="adam" to have this parameter updated as torch.optim.AdamW does, or give it to '
+        "torch.optim.Adam."
+    )
+
+
+def dense_option_error(place: Place, option: str) -> RuntimeError:
+    """Make the error for a dense gradient in a group with an option that only sparse ones can have."""
+    return RuntimeError(
+        f"the gradient of {place} is dense, and {option} is for sparse gradients only. "
+        "Put this parameter into a group without it, or make every use of the parameter sparse."
+    )
+
+
+def dense_nonfinite_error(place: Place, first: Sequence[int], count: int) -> RuntimeError:
+    """Make the error for a dense gradient with an infinity or a NaN."""
+    return RuntimeError(
+        f"the gradient of {place} is not finite, first at {shape_text(first)} and in {count} elements, and "
+        "nonfinite='error'. No parameter was changed. Look for what made it so, or clip gradients."
+    )
+
+
+def shared_memory_error(place: Place, shape: Sequence[int], strides: Sequence[int]) -> RuntimeError:
+    """Make the error for a parameter several elements of which are one number in memory."""
+    return RuntimeError(
+        f"elements of {place} share memory (shape {shape_text(shape)}, strides {shape_text(strides)}), so it cannot be "
+        "updated in place. Make the parameter of a copy, such as tensor.contiguous()."
     )
 
 

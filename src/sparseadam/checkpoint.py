@@ -7,7 +7,7 @@ float32 moments of half-precision tables. So states are read here, exactly, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -28,6 +28,9 @@ _DENSE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 # What PyTorch's SparseAdam has of our options.
 _TORCH_OPTIONS = ("lr", "betas", "eps", "maximize")
+
+# What its Adam has beside them.
+_ADAM_OPTIONS = ("weight_decay", "amsgrad")
 
 # How PyTorch's Adam was to compute, not what; a checkpoint of it loads whatever these say.
 _IMPLEMENTATION_OPTIONS = (
@@ -78,14 +81,16 @@ def check_torch_group(options: GroupOptions, group_index: int) -> None:
     found = ", ".join(option for option, is_set in lacking.items() if is_set)
     if found:
         raise ValueError(
-            f"torch.optim.SparseAdam has no {found}, which parameter group {group_index} uses. Save with state_dict()."
+            f"torch.optim.SparseAdam has no {found}, which parameter group {group_index} uses. Save with state_dict(), "
+            "and keep parameters that are torch.optim.AdamW's in groups without tables."
         )
 
 
-def torch_group(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group of a state dict without the options that PyTorch's SparseAdam does not have."""
-    own = {*GROUP_OPTIONS, SEED} - {*_TORCH_OPTIONS}
-    return {key: value for key, value in packed.items() if key not in own}
+def torch_group(packed: Mapping[str, Any], *, for_adam: bool) -> dict[str, Any]:
+    """Return a group of a state dict with the options that PyTorch's SparseAdam has, or its Adam and AdamW have."""
+    own = {*GROUP_OPTIONS, SEED} - {*_TORCH_OPTIONS} - {*(_ADAM_OPTIONS if for_adam else ())}
+    group = {key: value for key, value in packed.items() if key not in own}
+    return group | {"decoupled_weight_decay": True} if for_adam else group
 
 
 def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,20 +142,38 @@ def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, 
     """
     if not isinstance(state, Mapping):
         raise checkpoint_error(place, f"a {type(state).__name__} found, a dict expected")
-    is_compact = is_compact or "rows" in state
-    wanted = _compact_keys(layout) if is_compact else _dense_keys(layout, place)
+    if not is_compact and "rows" not in state:
+        return _read_dense(check_dense_state(state, table, place, layout), state, table, layout)
+    _check_keys(state, [*_compact_keys(layout), *(["num_skipped"] if "num_skipped" in state else [])], place)
+    step = _read_step(state["step"], place)
+    for key in _DENSE_KEYS[1:]:
+        _check_moment(state[key], key, table, place, layout, dense=False)
+    return _read_compact(step, state, table, place, layout)
+
+
+def check_dense_state(state: Mapping[str, Any], parameter: Tensor, place: Place, layout: StateLayout) -> int:
+    """Refuse a dense state that does not fit its parameter or the options.
+
+    Returns:
+        Its step.
+
+    Raises:
+        ValueError: the message says what was found and expected.
+    """
+    wanted = _dense_keys(layout, place)
+    _check_keys(state, wanted, place)
+    for key in wanted[1:]:
+        _check_moment(state[key], key, parameter, place, layout, dense=True)
+    return _read_step(state["step"], place)
+
+
+def _check_keys(state: Mapping[Any, Any], wanted: Sequence[str], place: Place) -> None:
     missing = [key for key in wanted if key not in state]
     if missing:
         raise checkpoint_error(place, f"{', '.join(missing)} missing, found {', '.join(map(str, state))}")
-    extra = [str(key) for key in state if key not in wanted and not (is_compact and key == "num_skipped")]
+    extra = [str(key) for key in state if key not in wanted]
     if extra:
         raise checkpoint_error(place, f"{', '.join(extra)} not understood by SparseAdam")
-    step = _read_step(state["step"], place)
-    for key in _DENSE_KEYS[1:]:
-        _check_moment(state[key], key, table, place, layout, dense=not is_compact)
-    if is_compact:
-        return _read_compact(step, state, table, place, layout)
-    return _read_dense(step, state, table, layout)
 
 
 def _compact_keys(layout: StateLayout) -> list[str]:
@@ -159,11 +182,11 @@ def _compact_keys(layout: StateLayout) -> list[str]:
 
 
 def _dense_keys(layout: StateLayout, place: Place) -> list[str]:
-    if layout != StateLayout(amsgrad=layout.amsgrad):
+    if layout != StateLayout(amsgrad=layout.amsgrad, owes_decay=layout.owes_decay):
         raise checkpoint_error(
             place,
             "dense moments of PyTorch's found, which load only where moments are kept as PyTorch keeps them "
-            "(moment_dtype, second_moment, bias_correction and weight_decay_mode at their defaults)",
+            "(moment_dtype, second_moment and bias_correction at their defaults)",
         )
     return [*_DENSE_KEYS, *(["max_exp_avg_sq"] if layout.amsgrad else [])]
 
@@ -206,6 +229,8 @@ def _read_dense(step: int, state: Mapping[str, Any], table: Tensor, layout: Stat
     for part in dense.values():
         is_touched |= (part != 0).reshape(moments.num_rows, moments.width).any(1)
     rows = is_touched.nonzero()[:, 0]
+    if layout.owes_decay:  # in PyTorch's steps all rows have paid
+        dense["paid_log_decay"] = torch.zeros(moments.num_rows, dtype=torch.float64, device=rows.device)
     moments.fill({"step": step, "rows": rows, **{key: part[rows] for key, part in dense.items()}})
     return moments
 

@@ -31,12 +31,21 @@ def check_gradient(table: Tensor, grad: Tensor, place: Place) -> None:
         raise _validate.dense_gradient_error(place, grad.shape)
     if grad.layout is not torch.sparse_coo:
         raise _validate.layout_error(place, grad.layout)
-    if grad.shape != table.shape:
-        raise _validate.mismatch_error(place, "shape", list(grad.shape), list(table.shape))
-    if grad.dtype is not table.dtype:
-        raise _validate.mismatch_error(place, "dtype", grad.dtype, table.dtype)
-    if grad.device != table.device:
-        raise _validate.mismatch_error(place, "device", grad.device, table.device)
+    check_fit(table, grad, place)
+
+
+def check_fit(parameter: Tensor, grad: Tensor, place: Place) -> None:
+    """Refuse a gradient, sparse or dense, that does not fit its parameter.
+
+    Raises:
+        RuntimeError: another shape, dtype or device.
+    """
+    if grad.shape != parameter.shape:
+        raise _validate.mismatch_error(place, "shape", list(grad.shape), list(parameter.shape))
+    if grad.dtype is not parameter.dtype:
+        raise _validate.mismatch_error(place, "dtype", grad.dtype, parameter.dtype)
+    if grad.device != parameter.device:
+        raise _validate.mismatch_error(place, "device", grad.device, parameter.device)
 
 
 def check_values(values: Tensor, num_lookups: int, row_shape: Sequence[int], place: Place) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, overload
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _validate, checkpoint, update
+from . import _validate, checkpoint, dense, update
 from ._validate import GroupOptions, Place
+from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
 from .moments import Moments, StateLayout, moment_dtype
 from .update import RowUpdate, SteadyStep, step_scalars
@@ -92,6 +93,14 @@ class SparseAdam(torch.optim.Optimizer):
             small for the dtype add up. Not for others.
         generator: draws the seed of all stochastic rounding, when the optimizer is built; None takes PyTorch's default
             one. The seed is saved in state dicts, and the same seed gives the same bits.
+        dense_gradients: what to do about a parameter whose gradient is dense: raise an ``"error"`` before anything is
+            written, or ``"adam"``: have PyTorch's own code update it as :class:`torch.optim.AdamW` does, fused where
+            it can be, whatever ``backend`` says. It takes the group's ``lr``, ``betas``, ``eps``, ``maximize``,
+            ``weight_decay`` (both modes mean the same to it) and ``amsgrad``; options that only rows can have
+            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``stochastic_rounding``, ``nonfinite="skip"``)
+            and ``torch_eps`` are refused when such a gradient comes. One parameter may have gradients of both kinds by
+            turns, as tied weights do: step and moments carry on. A step that follows one of the other kind converts
+            them, in time that grows with the table.
         nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
             ``"propagate"`` it as PyTorch does, raise an ``"error"`` before anything is written, or ``"skip"`` such
             rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
@@ -112,6 +121,10 @@ class SparseAdam(torch.optim.Optimizer):
         that ``rows`` names. Options add ``max_exp_avg_sq``, ``row_steps`` (int32), ``paid_log_decay`` (float64) with
         ``log_decay``, ``exp_avg_scale`` and ``exp_avg_sq_scale`` (float32), and ``num_skipped``;
         ``sparseadam.moments.Moments`` describes them.
+
+        After a dense gradient it is the dict that :class:`torch.optim.AdamW` keeps: ``step`` (float32, without
+        dimensions), ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad``, ``max_exp_avg_sq``, each of the parameter's
+        shape and dtype, half-precision ones included.
 
     Example:
         >>> table = torch.nn.Embedding(1_000_000, 64, sparse=True)
@@ -139,8 +152,9 @@ class SparseAdam(torch.optim.Optimizer):
 
     # What the last general step listed for steady ones. Of the class, so that a copy or a pickle starts without.
     _steady_step: SteadyStep | None = None
-    # The options that were built into it.
-    _steady_kinds: list[tuple[StateLayout, bool]] | None = None
+    # The options that were built into it, and the dense parameters among those listed.
+    _steady_kinds: list[tuple[StateLayout, bool, bool]] | None = None
+    _steady_dense: Sequence[DenseParameter] = ()
     _generator: torch.Generator | None = None
     _seed: int | None = None
 
@@ -160,6 +174,7 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
+        dense_gradients: str = "error",
         nonfinite: str = "propagate",
         torch_eps: bool = False,
         backend: str | None = None,
@@ -177,6 +192,7 @@ class SparseAdam(torch.optim.Optimizer):
             "second_moment": second_moment,
             "moment_dtype": moment_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "dense_gradients": dense_gradients,
             "nonfinite": nonfinite,
             "torch_eps": torch_eps,
         }
@@ -229,7 +245,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     @_observed_on_demand
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform a single optimization step on every table that has a gradient.
+        """Perform a single optimization step on every parameter that has a gradient.
 
         All gradients and options are checked before the first row is changed: a step that raises has changed nothing.
 
@@ -240,8 +256,9 @@ class SparseAdam(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient that is dense, of a layout other than COO, or not of its table's shape, dtype or
-                device; a table that changed under its moments; or one that the named backend cannot update.
+            RuntimeError: a gradient that is dense (or is, with ``dense_gradients="adam"``, in a group with an option
+                for tables only), of a layout other than COO, or not of its table's shape, dtype or device; a table
+                that changed under its moments; or one that the named backend cannot update.
             IndexError: a row outside its table.
             ValueError: an option of a group has been set outside its range.
         """
@@ -258,24 +275,45 @@ class SparseAdam(torch.optim.Optimizer):
         """Step without looking at each table in Python, if all look as after the last general step."""
         if self._steady_step is None or self._steady_kinds != _kinds(options):
             return False
+        if not dense.are_finite_where_asked(self._steady_dense, options):
+            return False
         parameters = [group["params"] for group in self.param_groups]
         scalars_at = [functools.partial(step_scalars, group_options) for group_options in options]
-        return self._steady_step.run(self.state, parameters, scalars_at)
+        grads = self._steady_step.run(self.state, parameters, scalars_at)
+        if grads:
+            dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
+        return grads is not None
 
     def _step_generally(self, options: list[GroupOptions]) -> None:
-        updates = self._gather_updates(options)
+        updates, dense_updates = self._gather_updates(options)
         if updates:
             update.update_rows(updates, self._backend)
         for done in updates:
             self.state[done.table] = done.moments
-        self._steady_step = update.list_tables(
-            [group["params"] for group in self.param_groups], self.state, self._backend
-        )
+        self._update_dense(dense_updates, options)
+        self._list_for_steady_steps(options)
+
+    def _update_dense(self, updates: list[DenseUpdate], options: list[GroupOptions]) -> None:
+        for updated, _ in updates:
+            moments = self.state.get(updated.parameter)
+            if isinstance(moments, Moments) and moments.layout.owes_decay:
+                self._pay_decay(updated.parameter, moments, updated.place, options[updated.place.group_index])
+        dense.update_parameters(updates, options)
+        for updated, _ in updates:
+            self.state[updated.parameter] = updated.state
+
+    def _list_for_steady_steps(self, options: list[GroupOptions]) -> None:
+        if self._backend == "reference":
+            return
+        groups = [group["params"] for group in self.param_groups]
+        self._steady_dense = dense.list_parameters(self.param_groups, self.state, options)
+        listed = {parameter.parameter for parameter in self._steady_dense}
+        self._steady_step = update.list_tables(groups, self.state, listed)
         self._steady_kinds = _kinds(options)
 
-    def _gather_updates(self, options: list[GroupOptions]) -> list[RowUpdate]:
-        """Collect the tables that have a gradient, having checked everything but row numbers; changes nothing."""
-        updates = []
+    def _gather_updates(self, options: list[GroupOptions]) -> tuple[list[RowUpdate], list[DenseUpdate]]:
+        """Collect the parameters that have a gradient, having checked all but row numbers; changes nothing."""
+        updates, dense_updates = [], []
         seen: set[int] = set()  # a table listed twice in a group, of which torch has warned, is stepped once
         for group_index, group in enumerate(self.param_groups):
             for position, table in enumerate(group["params"]):
@@ -284,6 +322,9 @@ class SparseAdam(torch.optim.Optimizer):
                     continue
                 seen.add(id(table))
                 place = Place(group, group_index, position)
+                if dense.is_dense(grad, options[group_index]):
+                    dense_updates.append(self._check_dense(table, grad, place, options[group_index]))
+                    continue
                 check_gradient(table, grad, place)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
@@ -293,7 +334,13 @@ class SparseAdam(torch.optim.Optimizer):
                 scalars = step_scalars(options[group_index], moments.step + 1)
                 rounds = options[group_index].stochastic_rounding
                 updates.append(RowUpdate(place, table, moments, indices, values, num_lookups, scalars, rounds))
-        return updates
+        return updates, dense_updates
+
+    def _check_dense(self, parameter: Tensor, grad: Tensor, place: Place, options: GroupOptions) -> DenseUpdate:
+        state = self.state.get(parameter)
+        if isinstance(state, Moments):
+            state = self._fitting_moments(parameter, state.sparse_dim, place, options.layout)
+        return dense.check_update(parameter, grad, state, place, options)
 
     def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, layout: StateLayout) -> Moments:
         """Return moments that fit a table: its own, regrouped, moved or read where need be, or new ones.
@@ -371,6 +418,8 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_row_range(rows, num_rows, place)
         if isinstance(moments, Moments):
             moments.forget(torch.unique(rows.to(moments.device)))
+        elif moments:
+            dense.forget(moments, rows)
 
     def resize(self, param: Tensor, num_rows: int) -> None:
         """Give a table more rows, or fewer: ``param`` stays the same object, with other memory and another shape.
@@ -399,6 +448,8 @@ class SparseAdam(torch.optim.Optimizer):
         resized[:num_kept] = param.detach()[:num_kept]
         if isinstance(moments, Moments):
             self.state[param] = moments.resized(resized.shape)
+        elif moments:
+            self.state[param] = dense.resized(moments, num_rows)
         param.data = resized
 
     def _place_of(self, param: Tensor) -> Place:
@@ -412,9 +463,10 @@ class SparseAdam(torch.optim.Optimizer):
         """Return how many bytes the state takes: moments and row numbers of touched rows, and the index of all rows.
 
         The index is 4 bytes a row of the table; on the CPU its untouched pages take no memory, so what is resident
-        may be less.
+        may be less. Of parameters with dense gradients it is their whole state.
         """
-        return sum(state.num_bytes for state in self.state.values() if isinstance(state, Moments))
+        tables = sum(state.num_bytes for state in self.state.values() if isinstance(state, Moments))
+        return tables + sum(dense.state_bytes(state) for state in self.state.values() if dense.is_dense_state(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state as plain values, as :meth:`torch.optim.Optimizer.state_dict` does.
@@ -429,14 +481,29 @@ class SparseAdam(torch.optim.Optimizer):
 
         Pass ``torch_eps=True`` to the optimizer, before or after, for the same trajectory in both.
 
+        Groups of parameters with dense gradients are for :class:`torch.optim.AdamW`, with ``weight_decay`` and
+        ``amsgrad``; its Adam loads them too. Of a model with both kinds, in groups apart, give each optimizer its own::
+
+            saved = optimizer.to_torch_state_dict()
+            for each, group in zip([torch_sparse_adam, torch_adamw], saved["param_groups"]):
+                state = {number: saved["state"][number] for number in group["params"]}
+                each.load_state_dict({"state": state, "param_groups": [group]})
+
         Raises:
-            ValueError: an option that PyTorch's SparseAdam does not have: ``weight_decay``, ``amsgrad``,
-                ``bias_correction="row"`` or ``second_moment="row"``.
+            ValueError: an option that PyTorch's SparseAdam does not have, in a group with tables: ``weight_decay``,
+                ``amsgrad``, ``bias_correction="row"`` or ``second_moment="row"``.
         """
+        is_adams = []
         for group_index, group in enumerate(self.param_groups):
-            checkpoint.check_torch_group(_validate.check_group(group, group_index), group_index)
+            states = [self.state.get(table) for table in group["params"]]
+            is_adams.append(any(dense.is_dense_state(state) for state in states))
+            if not is_adams[-1] or any(isinstance(state, Moments) for state in states):
+                checkpoint.check_torch_group(_validate.check_group(group, group_index), group_index)
         packed = self._pack(checkpoint.write_torch_state, {})
-        packed["param_groups"] = [checkpoint.torch_group(group) for group in packed["param_groups"]]
+        packed["param_groups"] = [
+            checkpoint.torch_group(group, for_adam=is_adam)
+            for group, is_adam in zip(packed["param_groups"], is_adams, strict=True)
+        ]
         return packed
 
     def _pack(self, write: Callable[[Moments], dict[str, Any]], header: dict[str, Any]) -> dict[str, Any]:
@@ -455,9 +522,10 @@ class SparseAdam(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, of :class:`torch.optim.SparseAdam` or of :class:`torch.optim.Adam`.
+        """Load a state dict of this class, of :class:`torch.optim.SparseAdam`, Adam or AdamW.
 
-        Options that a checkpoint of PyTorch's lacks keep their present values.
+        Options that a checkpoint of PyTorch's lacks keep their present values. It does not say which parameters are
+        tables: with ``dense_gradients="adam"`` its moments stay dense until a sparse gradient comes.
 
         Args:
             state_dict: what :meth:`state_dict` returned. It is copied.
@@ -511,18 +579,21 @@ class SparseAdam(torch.optim.Optimizer):
         is_compact: bool,
     ) -> defaultdict[Any, Any]:
         """Return the states as a checkpoint sets them, checked; those of no parameter are taken as they are."""
-        tables: dict[Any, tuple[Tensor, Place, StateLayout]] = {}
+        tables: dict[Any, tuple[Tensor, Place, GroupOptions]] = {}
         for group_index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-            layout = _validate.check_group(group, group_index).layout
+            options = _validate.check_group(group, group_index)
             for index, (key, table) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                tables[key] = table, Place(group, group_index, index), layout
+                tables[key] = table, Place(group, group_index, index), options
         read: defaultdict[Any, Any] = defaultdict(dict)
         for key, state in checkpoint.by_number(states, tables).items():
             if key not in tables:
                 read[key] = deepcopy(state)
             elif not isinstance(state, Mapping) or len(state) > 0:
-                table, place, layout = tables[key]
-                read[table] = checkpoint.read_state(state, table, place, layout, is_compact=is_compact)
+                table, place, options = tables[key]
+                if dense.keeps_state(state, table, options):
+                    read[table] = dense.read_state(state, table, place, amsgrad=options.layout.amsgrad)
+                else:
+                    read[table] = checkpoint.read_state(state, table, place, options.layout, is_compact=is_compact)
         return read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -531,6 +602,6 @@ class SparseAdam(torch.optim.Optimizer):
         return super().__getstate__() | own
 
 
-def _kinds(options: list[GroupOptions]) -> list[tuple[StateLayout, bool]]:
+def _kinds(options: list[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:
     """Return what of the groups' options a steady step has been built with."""
-    return [(group_options.layout, group_options.stochastic_rounding) for group_options in options]
+    return [(each.layout, each.stochastic_rounding, dense.takes_dense(each)) for each in options]

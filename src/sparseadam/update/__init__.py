@@ -7,7 +7,7 @@ update moments and table in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _validate
 from . import native, reference
 from ._types import RowUpdate, StepScalars, step_scalars
-from .native import SteadyStep
+from .native import SteadyStep, report_writes
 from .reference import pay_decay
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "coalesce_rows",
     "list_tables",
     "pay_decay",
+    "report_writes",
     "step_scalars",
     "update_rows",
 ]
@@ -111,11 +112,14 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
         reference.update_rows(reference_updates)
 
 
-def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], backend: str | None) -> SteadyStep | None:
-    """List the tables of a step just taken, for a next one that only native code reads, where that can be done."""
-    if backend == "reference" or native.module() is None:
-        return None
-    return native.list_tables(groups, state)
+def list_tables(
+    groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], dense: Collection[Tensor]
+) -> SteadyStep | None:
+    """List the parameters of a step just taken, for a next one that only native code reads, where that can be done.
+
+    ``dense`` ones have a dict of tensors for their state, and are left for the caller to step.
+    """
+    return None if native.module() is None else native.list_tables(groups, state, dense)
 
 
 def coalesce_rows(

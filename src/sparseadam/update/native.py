@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
         if bad_index is None:
             raise _validate.nonfinite_error(update.place, nonfinite_rows)
         raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
-    _report_writes([update.table for update in updates if update.num_lookups > 0])
+    report_writes([update.table for update in updates if update.num_lookups > 0])
 
 
 def coalesce_rows(
@@ -163,7 +163,7 @@ def can_coalesce(indices: Tensor, values: Tensor, sparse_shape: Sequence[int], d
     )
 
 
-def _report_writes(tables: list[Tensor]) -> None:
+def report_writes(tables: list[Tensor]) -> None:
     """Tell autograd of writes past it: a stale graph is then caught in backward(), as after any in-place operation."""
     if _TAKES_LISTS:
         torch.autograd.graph.increment_version(tables)
@@ -182,8 +182,8 @@ class SteadyStep:
         """Wrap the module's listing; ``list_tables`` makes it."""
         self._native_step = native_step
 
-    def run(self, state: dict[Any, Any], groups: list[Any], scalars_at: list[Any]) -> bool:
-        """Step every table that has a gradient, counters included.
+    def run(self, state: dict[Any, Any], groups: list[Any], scalars_at: list[Any]) -> list[Tensor | None] | None:
+        """Step every table that has a gradient, counters included, having looked at the dense parameters, too.
 
         Args:
             state: the optimizer's state.
@@ -191,20 +191,24 @@ class SteadyStep:
             scalars_at: for each group, the ``StepScalars`` of a step.
 
         Returns:
-            Whether it could. If not, nothing was written, and the general step will find out why.
+            The gradients of the dense parameters as listed, which are the caller's to step, with None for those that
+            have none. None if it could not: then nothing was written, and the general step will find out why.
         """
-        written = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
-        if written is None:
-            return False
+        done = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
+        if done is None:
+            return None
+        written, dense_gradients = done
         if written:
-            _report_writes(written)
-        return True
+            report_writes(written)
+        return cast("list[Tensor | None]", dense_gradients)
 
 
-def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any]) -> SteadyStep | None:
-    """List the tables of a step just taken, or return None where the next one must go the general way as well.
+def list_tables(
+    groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], dense: Collection[Tensor]
+) -> SteadyStep | None:
+    """List the parameters of a step just taken, or return None where the next one must go the general way as well.
 
-    Moments that may have to grow do: it moves them.
+    Moments that may have to grow do: it moves them. Of ``dense`` parameters the state is a dict of tensors.
     """
     steady = _module().steady_step(Tensor)
     if steady is None:
@@ -215,7 +219,9 @@ def list_tables(groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any]) ->
         steady.add_group()
         for parameter in parameters:
             moments = state.get(parameter)
-            if type(moments) is Moments and moments.native_table is not None and moments.capacity >= moments.num_rows:
+            if parameter in dense:
+                steady.add_dense(parameter, moments)
+            elif type(moments) is Moments and moments.native_table is not None and moments.capacity >= moments.num_rows:
                 steady.add_table(
                     parameter=parameter,
                     moments=moments,
