@@ -300,17 +300,9 @@ class SparseAdam(torch.optim.Optimizer):
 
         They enter the state when their step is done.
         """
-        state = self.state.get(table)
-        if not state:
+        moments = self._moments_of(table, place, layout)
+        if moments is None:
             moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
-        elif isinstance(state, Moments):
-            moments = state
-        else:  # a plain mapping put there from outside, as code that moves states between devices does
-            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
-        if moments.layout != layout:
-            raise _validate.layout_change_error(place, moments.layout, layout)
-        if moments.shape != table.shape:
-            raise _validate.moment_shape_error(place, moments.shape, table.shape)
         if moments.dtype is not moment_dtype(table.dtype):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         if moments.device != table.device:
@@ -319,6 +311,21 @@ class SparseAdam(torch.optim.Optimizer):
             if moments.num_slots > 0 and not layout.is_elementwise:
                 raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
             moments = moments.with_sparse_dim(sparse_dim)
+        return moments
+
+    def _moments_of(self, table: Tensor, place: Place, layout: StateLayout) -> Moments | None:
+        """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
+        state = self.state.get(table)
+        if not state:
+            return None
+        if isinstance(state, Moments):
+            moments = state
+        else:  # a plain mapping put there from outside, as code that moves states between devices does
+            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
+        if moments.layout != layout:
+            raise _validate.layout_change_error(place, moments.layout, layout)
+        if moments.shape != table.shape:
+            raise _validate.moment_shape_error(place, moments.shape, table.shape)
         return moments
 
     def flush(self) -> None:
@@ -330,10 +337,14 @@ class SparseAdam(torch.optim.Optimizer):
         """
         for group_index, group in enumerate(self.param_groups):
             options = _validate.check_group(group, group_index)
+            if not options.layout.owes_decay:
+                continue
             for position, table in enumerate(group["params"]):
-                moments = self.state.get(table)
-                if isinstance(moments, Moments) and moments.layout.owes_decay:
-                    self._pay_decay(table, moments, Place(group, group_index, position), options)
+                place = Place(group, group_index, position)
+                moments = self._moments_of(table, place, options.layout)
+                if moments is not None:
+                    self._pay_decay(table, moments, place, options)
+                    self.state[table] = moments
 
     def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         rounds = options.stochastic_rounding
@@ -355,12 +366,15 @@ class SparseAdam(torch.optim.Optimizer):
             IndexError: a row outside the table.
         """
         place = self._place_of(param)
-        moments = self.state.get(param)
+        options = _validate.check_group(place.group, place.group_index)
+        moments = self._moments_of(param, place, options.layout)
         _validate.check_rows(rows, place)
-        num_rows = moments.num_rows if isinstance(moments, Moments) else len(param)
+        # Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
+        num_rows = param.numel() if moments is None else moments.num_rows
         _validate.check_row_range(rows, num_rows, place)
-        if isinstance(moments, Moments):
+        if moments is not None:
             moments.forget(torch.unique(rows.to(moments.device)))
+            self.state[param] = moments
 
     def resize(self, param: Tensor, num_rows: int) -> None:
         """Give a table more rows, or fewer: ``param`` stays the same object, with other memory and another shape.
@@ -380,15 +394,17 @@ class SparseAdam(torch.optim.Optimizer):
         """
         place = self._place_of(param)
         _validate.check_resize(param, num_rows, place)
-        moments = self.state.get(param)
-        if isinstance(moments, Moments) and moments.layout.owes_decay:
-            options = _validate.check_group(place.group, place.group_index)
+        options = _validate.check_group(place.group, place.group_index)
+        moments = self._moments_of(param, place, options.layout)
+        if moments is not None and moments.layout.owes_decay:
             self._pay_decay(param, moments, place, options)
         resized = param.detach().new_zeros((num_rows, *param.shape[1:]))
         num_kept = min(num_rows, len(param))
         resized[:num_kept] = param.detach()[:num_kept]
-        if isinstance(moments, Moments):
+        if moments is not None:
             self.state[param] = moments.resized(resized.shape)
+        # While a graph of before lives, as that of a loss that is still held, autograd checks new gradients against the
+        # shape that it noted then. Memory of another dtype makes it take note anew; another shape alone does not.
         param.data = resized
 
     def _place_of(self, param: Tensor) -> Place:
