@@ -115,23 +115,24 @@ class Run:
         return self
 
 
-def dense_moments(optimizer: torch.optim.Optimizer, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both moments at the table's shape, of our state or of torch's."""
+def dense_moments(optimizer: torch.optim.Optimizer, table: torch.Tensor) -> list[torch.Tensor]:
+    """The moments at the table's shape, of our state or of torch's: two, or three of AMSGrad."""
     state = optimizer.state[table]
+    keys = [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state]
     if "rows" not in state:
-        return state["exp_avg"], state["exp_avg_sq"]
+        return [state[key] for key in keys]
     spread = []
-    for key in ("exp_avg", "exp_avg_sq"):
+    for key in keys:
         row_shape = state[key].shape[1:]
         num_rows = table.numel() // math.prod(row_shape)
         moment = torch.zeros(num_rows, *row_shape, dtype=state[key].dtype)
         moment[state["rows"]] = state[key]
         spread.append(moment.reshape(table.shape))
-    return spread[0], spread[1]
+    return spread
 
 
 def assert_close(ours: Run, theirs: Run) -> None:
-    """Compare tables, both moments and step counts of two runs within rounding."""
+    """Compare tables, moments and step counts of two runs within rounding."""
     for name, table in ours.tables.items():
         other = theirs.tables[name]
         tolerance = TOLERANCE[table.dtype]
@@ -407,7 +408,11 @@ ADAMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adam not foreach": (torch.optim.Adam, {"foreach": False, "capturable": False}),
     "Adam differentiable": (torch.optim.Adam, {"differentiable": False, "amsgrad": False}),
     "Adam Tensor lr": (torch.optim.Adam, {"tensor_lr": True}),
+    "Adam amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "Adam decoupled": (torch.optim.Adam, {"weight_decay": 0.5, "decoupled_weight_decay": True}),
+    "AdamW": (torch.optim.AdamW, {}),
     "AdamW without decay": (torch.optim.AdamW, {"weight_decay": 0.0}),
+    "AdamW amsgrad": (torch.optim.AdamW, {"weight_decay": 0.5, "amsgrad": True}),
 }
 
 
@@ -421,6 +426,10 @@ def test_a_checkpoint_of_torch_adam_goes_on_with_the_same_moments(
     theirs = Run(dtype=dtype, make=make, dense=True, **options).steps(5)
     ours = Run(backend, dtype).take_over(theirs)
     assert_only_touched_rows_are_kept(ours, theirs)
+    for group, their_group in zip(ours.optimizer.param_groups, theirs.optimizer.param_groups, strict=True):
+        for name in ("lr", "betas", "eps", "maximize", "weight_decay", "amsgrad"):
+            assert group[name] == their_group[name]
+        assert group["weight_decay_mode"] == "touched"  # torch's checkpoint says nothing of it
     for name, table in ours.tables.items():
         assert ours.optimizer.state[table]["step"] == 5
         their_moments = dense_moments(theirs.optimizer, theirs.tables[name])
@@ -438,20 +447,38 @@ def test_a_checkpoint_of_torch_adam_goes_on_with_the_same_moments(
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("is_said", [True, False], ids=["not decoupled", "of an older torch"])
+def test_a_checkpoint_of_an_adam_whose_weight_decay_is_in_its_gradients_is_refused(backend: str, is_said: bool) -> None:
+    saved = Run(make=torch.optim.Adam, dense=True, weight_decay=0.1).steps(2).optimizer.state_dict()
+    for group in saved["param_groups"]:
+        assert group["decoupled_weight_decay"] is False
+        if not is_said:
+            del group["decoupled_weight_decay"]
+    pattern = r"weight_decay=0\.1 of a torch\.optim\.Adam .*set it to 0.* or, .*decoupled_weight_decay to True"
+    assert_refused(Run(backend).steps(3), saved, pattern)
+
+
+def test_the_ways_out_of_that_refusal_load(backend: str) -> None:
+    """As the message has it: without the decay, or with it for the decoupled one that an older AdamW meant."""
+    theirs = Run(make=torch.optim.Adam, dense=True, weight_decay=0.1).steps(2)
+    for way_out, weight_decay in (({"weight_decay": 0}, 0), ({"decoupled_weight_decay": True}, 0.1)):
+        saved = deepcopy(theirs.optimizer.state_dict())
+        for group in saved["param_groups"]:
+            group.update(way_out)
+        ours = Run(backend).take_over(theirs, saved)
+        assert [group["weight_decay"] for group in ours.optimizer.param_groups] == [weight_decay] * 2
+        ours.steps(1)
+
+
 @pytest.mark.parametrize(
-    ("make", "options", "pattern"),
-    [
-        (torch.optim.Adam, {"amsgrad": True}, "amsgrad=True is not supported"),
-        (torch.optim.Adam, {"weight_decay": 0.1}, r"weight_decay=0\.1 is not supported"),
-        (torch.optim.AdamW, {}, r"weight_decay=0\.01 is not supported"),
-    ],
-    ids=["amsgrad", "weight_decay", "AdamW"],
+    "options",
+    [{"bias_correction": "row"}, {"second_moment": "row"}, {"moment_dtype": torch.bfloat16}],
+    ids=str,
 )
-def test_a_checkpoint_of_an_adam_that_did_more_is_refused(
-    backend: str, make: Any, options: dict[str, Any], pattern: str
-) -> None:
-    theirs = Run(make=make, dense=True, **options).steps(2)
-    assert_refused(Run(backend).steps(3), theirs.optimizer.state_dict(), f"{pattern}.*set it to .*group 0")
+def test_dense_moments_are_refused_where_ours_are_kept_otherwise(backend: str, options: dict[str, Any]) -> None:
+    saved = Run(make=torch.optim.Adam, dense=True).steps(2).optimizer.state_dict()
+    with pytest.raises(ValueError, match=f"PyTorch's found, which load only .*{next(iter(options))}.* unchanged"):
+        Run(backend, **options).optimizer.load_state_dict(saved)
 
 
 def test_a_state_of_amsgrad_is_refused_though_its_group_says_otherwise(backend: str) -> None:
@@ -459,6 +486,13 @@ def test_a_state_of_amsgrad_is_refused_though_its_group_says_otherwise(backend: 
     for group in saved["param_groups"]:
         group["amsgrad"] = False
     assert_refused(Run(backend).steps(3), saved, "max_exp_avg_sq not understood")
+
+
+def test_a_state_without_the_maximum_is_refused_where_its_group_says_amsgrad(backend: str) -> None:
+    saved = Run(make=torch.optim.Adam, dense=True).steps(2).optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["amsgrad"] = True
+    assert_refused(Run(backend).steps(3), saved, "max_exp_avg_sq missing, found step, exp_avg, exp_avg_sq")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -595,10 +629,18 @@ MISFITS: dict[str, tuple[Change, str]] = {
     "rows float": (put(rows=lambda rows: rows.float()), r"rows is torch\.float32 .*torch\.int64 .*expected"),
     "rows a list": (put(rows=lambda rows: rows.tolist()), "rows is (a )?list, .*torch.int64 .*expected"),
     "rows 2-D": (put(rows=lambda rows: rows[None]), r"rows is torch\.int64 \[1, \d+\], .*expected"),
-    "a row too few": (put(rows=lambda rows: rows[1:]), r"\d+ rows for \d+ rows of moments"),
-    "a row too many": (put(rows=lambda rows: torch.cat([rows, rows[:1]])), r"\d+ rows for \d+ rows of moments"),
-    "exp_avg too short": (put(exp_avg=lambda m: m[1:]), r"exp_avg and exp_avg_sq have different shapes, \[\d+\] and"),
-    "exp_avg_sq too short": (put(exp_avg_sq=lambda v: v[1:]), "exp_avg and exp_avg_sq have different shapes"),
+    # The last state has nine slots.
+    "a row too few": (put(rows=lambda rows: rows[1:]), "8 rows for 9 rows of exp_avg"),
+    "a row too many": (put(rows=lambda rows: torch.cat([rows, rows[:1]])), "10 rows for 9 rows of exp_avg"),
+    "exp_avg too short": (put(exp_avg=lambda m: m[1:]), "9 rows for 8 rows of exp_avg"),
+    "exp_avg_sq too short": (
+        put(exp_avg_sq=lambda v: v[1:]),
+        r"exp_avg_sq is torch\.float32 \[8\], torch\.float32 \[9\] expected",
+    ),
+    "exp_avg_sq of another shape": (
+        put(exp_avg_sq=lambda v: v[:, None]),
+        r"exp_avg_sq is torch\.float32 \[9, 1\], torch\.float32 \[9\] expected",
+    ),
     "moments of other rows": (
         put(exp_avg=lambda m: m[:, None].expand(-1, 4), exp_avg_sq=lambda v: v[:, None].expand(-1, 4)),
         r"exp_avg has shape \[\d+, 4\], .*\[6, 5\]",
@@ -709,7 +751,35 @@ WHOLE_MISFITS: dict[str, tuple[Change, type[Exception], str]] = {
     "eps zero": (in_last_group(eps=0.0), ValueError, "Invalid epsilon value: 0.0.*parameter group 1"),
     "beta one": (in_last_group(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1.*parameter group 1"),
     "maximize int": (in_last_group(maximize=1), TypeError, "maximize must be True or False.*parameter group 1"),
-    "weight_decay": (in_last_group(weight_decay=0.1), ValueError, "weight_decay=0.1 is not.*parameter group 1"),
+    "weight_decay negative": (
+        in_last_group(weight_decay=-0.1),
+        ValueError,
+        "Invalid weight_decay value: -0.1.*parameter group 1",
+    ),
+    "weight_decay_mode unknown": (
+        in_last_group(weight_decay_mode="sometimes"),
+        ValueError,
+        "Invalid weight_decay_mode: 'sometimes'.*parameter group 1",
+    ),
+    "amsgrad int": (in_last_group(amsgrad=1), TypeError, "amsgrad must be True or False.*parameter group 1"),
+    # What the state of a group's first table lacks for its options.
+    "amsgrad": (in_last_group(amsgrad=True), ValueError, "group 1, parameter 0: max_exp_avg_sq missing, found"),
+    "row steps": (in_last_group(bias_correction="row"), ValueError, "group 1, parameter 0: row_steps missing, found"),
+    "exact decay": (
+        in_last_group(weight_decay_mode="exact"),
+        ValueError,
+        "group 1, parameter 0: paid_log_decay, log_decay missing, found",
+    ),
+    "one second moment a row": (
+        in_last_group(second_moment="row"),
+        ValueError,
+        r"group 1, parameter 0: exp_avg_sq is torch\.float32 \[\d+, 3\], torch\.float32 \[\d+\] expected",
+    ),
+    "moments of fewer bits": (
+        in_last_group(moment_dtype=torch.bfloat16, seed=0),
+        ValueError,
+        r"group 1, parameter 0: exp_avg has dtype torch\.float32, torch\.bfloat16 expected",
+    ),
 }
 
 
@@ -851,22 +921,38 @@ def test_states_of_no_parameter_are_kept_as_torch_keeps_them() -> None:
 # Old files ---------------------------------------------------------------------------------------
 
 
-def small_run() -> SparseAdam:
+class SmallRun:
     """What the fixture was made from: exact in binary, so that its values can be written down."""
-    float_table = Parameter(torch.zeros(5, 2))
-    half_table = Parameter(torch.zeros(4, 1, dtype=torch.bfloat16))
-    cells = Parameter(torch.zeros(2, 3, dtype=torch.float64))
-    groups = [
-        {"params": [("float_table", float_table), ("half_table", half_table)]},
-        {"params": [("cells", cells)], "lr": torch.tensor(0.25), "maximize": True, "torch_eps": True},
-    ]
-    optimizer = SparseAdam(groups, lr=0.125, betas=(0.5, 0.75), eps=0.5, backend="reference")
-    for row in (4, 1):
+
+    def __init__(self, backend: str = "reference", **options: Any) -> None:
+        """Build what has not been stepped yet."""
+        self.tables = {
+            "float_table": Parameter(torch.zeros(5, 2)),
+            "half_table": Parameter(torch.zeros(4, 1, dtype=torch.bfloat16)),
+            "cells": Parameter(torch.zeros(2, 3, dtype=torch.float64)),
+        }
+        items = list(self.tables.items())
+        groups = [
+            {"params": items[:2]},
+            {"params": items[2:], "lr": torch.tensor(0.25), "maximize": True, "torch_eps": True},
+        ]
+        self.optimizer = SparseAdam(groups, lr=0.125, betas=(0.5, 0.75), eps=0.5, backend=backend, **options)
+
+    def step(self, row: int) -> None:
+        """Take a step that looks up ``row`` of the first table, and the same of the others in all steps."""
+        float_table, half_table, cells = self.tables.values()
         float_table.grad = coo([[row, 2]], torch.tensor([[2.0, -4.0], [1.0, 0.0]]), (5, 2))
         half_table.grad = coo([[3]], torch.ones(1, 1, dtype=torch.bfloat16), (4, 1))
         cells.grad = coo([[0, 1], [2, 0]], torch.tensor([8.0, 16.0], dtype=torch.float64), (2, 3))
-        optimizer.step()
-    return optimizer
+        self.optimizer.step()
+
+
+def small_run(backend: str = "reference") -> SmallRun:
+    """The run as it stood when the fixture was written."""
+    run = SmallRun(backend)
+    for row in (4, 1):
+        run.step(row)
+    return run
 
 
 def write_fixture() -> None:
@@ -875,7 +961,7 @@ def write_fixture() -> None:
     To be run again for no reason but a new format, and then into a file of that format's number.
     """
     FIXTURE.parent.mkdir(exist_ok=True)
-    torch.save(small_run().state_dict(), FIXTURE)
+    torch.save(small_run().optimizer.state_dict(), FIXTURE)
 
 
 def test_a_file_of_format_1_loads_to_what_was_saved() -> None:
@@ -889,6 +975,7 @@ def test_a_file_of_format_1_loads_to_what_was_saved() -> None:
     names = list(tables)
     groups = [{"params": [tables[name] for name in names[:2]]}, {"params": [tables["cells"]]}]
     optimizer = SparseAdam(groups, backend="reference")
+    defaults = dict(optimizer.defaults)
     optimizer.load_state_dict(saved)
 
     first, second = optimizer.param_groups
@@ -897,6 +984,10 @@ def test_a_file_of_format_1_loads_to_what_was_saved() -> None:
     assert torch.equal(second["lr"], torch.tensor(0.25))
     assert (second["maximize"], second["torch_eps"]) == (True, True)
     assert first["param_names"] + second["param_names"] == names
+    newer = set(defaults) - set(saved["param_groups"][0])
+    assert newer >= {"weight_decay", "amsgrad", "bias_correction", "second_moment", "moment_dtype", "nonfinite"}
+    for group in (first, second):
+        assert {name: group[name] for name in newer} == {name: defaults[name] for name in newer}
 
     want: dict[str, dict[str, Any]] = {
         "float_table": {
@@ -925,10 +1016,33 @@ def test_a_file_of_format_1_loads_to_what_was_saved() -> None:
         }
 
 
+def test_a_run_of_format_1_goes_on_bit_for_bit(backend: str) -> None:
+    unstopped, resumed = small_run(backend), SmallRun(backend)
+    for name, table in resumed.tables.items():
+        table.data.copy_(unstopped.tables[name].detach())
+    resumed.optimizer.load_state_dict(torch.load(FIXTURE, weights_only=True))
+    assert snapshot(resumed.optimizer) == snapshot(unstopped.optimizer)
+    for row in (1, 0, 3):
+        for run in (unstopped, resumed):
+            run.step(row)
+        assert snapshot(resumed.optimizer) == snapshot(unstopped.optimizer)
+
+
+def test_options_newer_than_a_file_keep_what_they_are_set_to(backend: str) -> None:
+    run = SmallRun(backend, weight_decay=0.25, nonfinite="skip")
+    run.optimizer.load_state_dict(torch.load(FIXTURE, weights_only=True))
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.25, 0.25]
+    assert [group["nonfinite"] for group in run.optimizer.param_groups] == ["skip", "skip"]
+
+
 def test_files_are_still_written_as_format_1_was() -> None:
-    """Should this fail, old versions may misread new files: that asks for a new format number."""
+    """Should this fail, old versions may misread new files: that asks for a new format number.
+
+    Options that they do not know may be there, if they then mean what was done before there was a choice.
+    """
     old = torch.load(FIXTURE, weights_only=True)
-    new = through_a_file(small_run().state_dict())
+    run = small_run()
+    new = through_a_file(run.optimizer.state_dict())
     assert list(new) == list(old)
     assert list(new["state"]) == list(old["state"])
     for key, state in old["state"].items():
@@ -936,6 +1050,12 @@ def test_files_are_still_written_as_format_1_was() -> None:
             (name, bits(value)) for name, value in state.items()
         ]
     for new_group, old_group in zip(new["param_groups"], old["param_groups"], strict=True):
-        assert {key: bits(value) for key, value in new_group.items()} == {
-            key: bits(value) for key, value in old_group.items()
+        assert {name: bits(new_group[name]) for name in old_group} == {
+            name: bits(value) for name, value in old_group.items()
         }
+        added = set(new_group) - set(old_group)
+        assert {name: bits(new_group[name]) for name in added} == {
+            name: bits(run.optimizer.defaults[name]) for name in added
+        }
+        # The first version knew these two as options of other Adams, and read no other value of them.
+        assert (new_group["weight_decay"], new_group["amsgrad"]) == (0.0, False)

@@ -381,7 +381,7 @@ OPTION_FAULTS = [
             TypeError,
             f"^{name} must be a number or a one-element Tensor, got {kind}.{GROUP}",
         )
-        for name in ("lr", "eps")
+        for name in ("lr", "eps", "weight_decay")
         for value, kind in ((None, "NoneType"), ("fast", "str"), ("0.1", "str"), ([0.1], "list"))
     ),
     *(
@@ -392,6 +392,15 @@ OPTION_FAULTS = [
             rf"^Invalid epsilon value: {eps}\. eps must lie in \(0, inf\)\.{GROUP}",
         )
         for eps in (0.0, -1e-8, math.inf, math.nan)
+    ),
+    *(
+        Fault(
+            f"weight_decay={weight_decay!r}",
+            set_option("weight_decay", weight_decay),
+            ValueError,
+            rf"^Invalid weight_decay value: {weight_decay}\. weight_decay must lie in \[0, inf\)\.{GROUP}",
+        )
+        for weight_decay in (-0.01, -math.inf, math.inf, math.nan)
     ),
     *(
         Fault(
@@ -441,7 +450,7 @@ OPTION_FAULTS = [
             TypeError,
             f"^{name} must be True or False, got {value!r}.{GROUP}",
         )
-        for name in ("maximize", "torch_eps")
+        for name in ("maximize", "torch_eps", "amsgrad", "stochastic_rounding")
         for value in (1, 0, None, "no")
     ),
     *(
@@ -449,13 +458,28 @@ OPTION_FAULTS = [
             f"{name}={value!r}",
             set_option(name, value),
             ValueError,
-            f"^{name}={value!r} is not supported by SparseAdam.*set it to {neutral!r}.{GROUP}",
+            f"^{name}={value!r} is not supported by SparseAdam.*set it to False.{GROUP}",
         )
-        for name, value, neutral in (
-            ("weight_decay", 0.01, 0),
-            ("amsgrad", True, False),
-            ("fused", True, False),
-            ("capturable", True, False),
+        for name, value in (
+            ("foreach", True),
+            ("fused", True),
+            ("capturable", True),
+            ("differentiable", True),
+        )
+    ),
+    *(
+        Fault(
+            f"{name}={value!r} once there are moments",
+            set_option(name, value),
+            RuntimeError,
+            rf"^{name} of 'words' \(group 1, parameter 0\) changed after its moments were made.*"
+            r"Set it back, or delete optimizer\.state\[param\]",
+        )
+        for name, value in (
+            ("amsgrad", True),
+            ("bias_correction", "row"),
+            ("second_moment", "row"),
+            ("weight_decay_mode", "exact"),
         )
     ),
 ]
@@ -662,6 +686,10 @@ OPTION_REFUSALS = [
     Refusal("betas None", {"betas": None}, TypeError, f"None. {PAIR}"),
     Refusal("betas str", {"betas": "99"}, TypeError, f"'99'. {PAIR}"),
     Refusal("betas of str", {"betas": ("0.9", 0.9)}, TypeError, r"betas\[0\] must be a number"),
+    Refusal("weight_decay negative", {"weight_decay": -1}, ValueError, r"decay value: -1.0. .*\[0, inf\)"),
+    Refusal("weight_decay nan", {"weight_decay": math.nan}, ValueError, "Invalid weight_decay value: nan. "),
+    Refusal("weight_decay str", {"weight_decay": "0"}, TypeError, "weight_decay must be a number or .*, got str"),
+    Refusal("amsgrad int", {"amsgrad": 1}, TypeError, "amsgrad must be True or False, got 1"),
     Refusal("maximize int", {"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
     Refusal("maximize None", {"maximize": None}, TypeError, "maximize must be .*, got None"),
     Refusal("torch_eps int", {"torch_eps": 0}, TypeError, "torch_eps must be .*, got 0"),

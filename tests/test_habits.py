@@ -148,6 +148,8 @@ def test_each_group_has_its_own_options(backend: str) -> None:
         {"eps": 0.5},
         {"maximize": True},
         {"torch_eps": True, "eps": 0.1},
+        {"weight_decay": 0.5},
+        {"amsgrad": True},
     ]
     tables = [nn.Parameter(torch.randn(6, 3)) for _ in own]
     twins = [nn.Parameter(table.detach().clone()) for table in tables]
@@ -188,7 +190,7 @@ def test_groups_may_carry_options_of_other_adams_that_change_nothing(backend: st
     assert_equal_models(model, twin)
 
 
-REFUSED = [{"weight_decay": 0.01}, {"amsgrad": True}, {"fused": True}, {"capturable": True}]
+REFUSED = [{"foreach": True}, {"fused": True}, {"capturable": True}, {"differentiable": True}]
 
 
 @pytest.mark.parametrize("option", REFUSED, ids=str)
@@ -282,10 +284,20 @@ BAD_GROUPS: dict[str, tuple[Callable[[Model], Any], type[Exception], str]] = {
         TypeError,
         "maximize must be True or False",
     ),
-    "weight decay": (
-        lambda m: {"params": [new_table()], "weight_decay": 0.1},
+    "negative weight decay": (
+        lambda m: {"params": [new_table()], "weight_decay": -0.1},
         ValueError,
-        "weight_decay=0.1 is not supported",
+        "Invalid weight_decay value: -0.1",
+    ),
+    "amsgrad of a wrong type": (
+        lambda m: {"params": [new_table()], "amsgrad": "yes"},
+        TypeError,
+        "amsgrad must be True or False",
+    ),
+    "an option that would be ignored": (
+        lambda m: {"params": [new_table()], "differentiable": True},
+        ValueError,
+        "differentiable=True is not supported",
     ),
     "named among unnamed": (
         lambda m: {"params": [("new", new_table())]},
@@ -346,6 +358,7 @@ def test_a_tensor_lr_is_read_at_each_step(backend: str, shape: tuple[int, ...], 
         ({"lr": float("nan")}, "Invalid learning rate: nan"),
         ({"betas": (0.9, 1.5)}, "Invalid beta parameter at index 1: 1.5"),
         ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
+        ({"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
     ],
     ids=str,
 )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import weakref
+from typing import Any
 
 import pytest
 import torch
 
 from sparseadam import SparseAdam, _memory
+from sparseadam._memory import Part
 
 
 def touch(optimizer: SparseAdam, table: torch.nn.Parameter, rows: torch.Tensor) -> None:
@@ -38,14 +41,25 @@ def test_moment_bytes_count_touched_rows_and_the_index(backend: str) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [50, 400_000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"amsgrad": True, "bias_correction": "row", "weight_decay": 0.1, "weight_decay_mode": "exact"},
+        {"second_moment": "row", "moment_dtype": torch.bfloat16},
+        {"moment_dtype": torch.uint8},
+    ],
+    ids=["plain", "amsgrad, row steps, exact decay", "bfloat16, one second moment a row", "uint8"],
+)
 def test_moments_that_must_be_reallocated_hold_the_same_bits(
-    num_rows: int, backend: str, monkeypatch: pytest.MonkeyPatch
+    num_rows: int, options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where address space cannot be reserved, moments grow by reallocation: more slots than fit, many times over."""
 
     def run() -> tuple[torch.Tensor, dict[str, object]]:
         table = torch.nn.Parameter(torch.zeros(num_rows, 5))
-        optimizer = SparseAdam([table], backend=backend)
+        seeded = torch.Generator().manual_seed(1)
+        optimizer = SparseAdam([table], lr=0.1, generator=seeded, backend=backend, **options)
         generator = torch.Generator().manual_seed(0)
         for _ in range(12):
             touch(optimizer, table, torch.randint(0, num_rows, (40,), generator=generator))
@@ -58,27 +72,48 @@ def test_moments_that_must_be_reallocated_hold_the_same_bits(
     monkeypatch.setattr(_memory, "ReservedArray", refuse)
     grown_table, grown_state = run()
     assert torch.equal(grown_table, table)
-    for name in ("rows", "exp_avg", "exp_avg_sq"):
-        assert torch.equal(grown_state[name], state[name])
+    assert list(grown_state) == list(state)
+    for name, part in state.items():
+        assert torch.equal(torch.as_tensor(grown_state[name]), torch.as_tensor(part))
 
 
-def test_growing_memory_reallocates_one_moment_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = _memory.GrowingMemory(1000, (4,), torch.float32, torch.device("cpu"))
-    memory.grow(100)
-    held_while_enlarging = []
+def test_growing_memory_reallocates_one_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all parts but the one that moves, there is one copy in memory: the old one or the new one."""
+    parts = {
+        "rows": Part((), torch.int64, "rows"),
+        "exp_avg": Part((4,), torch.float32, "moments"),
+        "exp_avg_sq": Part((4,), torch.float32, "moments"),
+    }
+    memory = _memory.GrowingMemory(1000, parts, torch.device("cpu"))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    held = []
     enlarge = _memory._enlarged
 
     def count(tensor: torch.Tensor, capacity: int) -> torch.Tensor:
         larger = enlarge(tensor, capacity)
-        held = {t.data_ptr(): t.nbytes for t in (memory._exp_avg, memory._exp_avg_sq, tensor, larger)}
-        held_while_enlarging.append(sum(held.values()))
+        alive.append(weakref.ref(larger))
+        held.append(sum(part.nbytes for reference in alive if (part := reference()) is not None))
         return larger
 
     monkeypatch.setattr(_memory, "_enlarged", count)
+    memory.grow(100)
+    for number, part in enumerate(memory.all_parts(100).values()):
+        part.fill_(number + 1)
     memory.grow(101)
-    one_copy = memory._exp_avg.nbytes + memory._exp_avg_sq.nbytes
     assert memory.capacity == 150
-    assert max(held_while_enlarging) < 2 * 2 * 100 * 4 * 4 + one_copy / 2 < 2 * one_copy
+    for number, part in enumerate(memory.all_parts(150).values()):
+        assert (part[:100] == number + 1).all() and not part[100:].any()
+
+    old, new = 100, 150
+    row, moment = 8, 4 * 4  # bytes of a slot
+    assert held == [
+        old * row,
+        old * (row + moment),
+        old * (row + 2 * moment),
+        old * (row + 2 * moment) + new * row,
+        old * 2 * moment + new * (row + moment),
+        old * moment + new * (row + 2 * moment),
+    ]
 
 
 def test_views_handed_out_earlier_stay_valid_while_moments_grow(backend: str) -> None:

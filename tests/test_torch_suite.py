@@ -1,7 +1,8 @@
 """PyTorch's own tests of its SparseAdam, with this package's class in the place of theirs.
 
 The configurations, schedulers and error cases are read at run time from the entry of ``torch.optim.SparseAdam`` in
-``torch.testing._internal.common_optimizers`` of the installed PyTorch; they were last looked through for 2.13.0. The
+``torch.testing._internal.common_optimizers`` of the installed PyTorch; they were last looked through for 2.13.0. Of the
+entry of ``torch.optim.AdamW`` come those with options that PyTorch's SparseAdam lacks: weight decay and AMSGrad. The
 tests below say in their own words what PyTorch's ``test/test_optim.py`` (class ``TestOptimRenewed``, which wheels lack)
 asserts of each optimizer, and where "does not raise" is all that it asks, something more.
 
@@ -37,8 +38,33 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 from sparseadam import SparseAdam
 
 (INFO,) = (info for info in optim_db if info.optim_cls is torch.optim.SparseAdam)
-CONFIGS = [config.desc for config in INFO.optim_inputs_func(device="cpu")]
-ERROR_CASES = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+(ADAMW_INFO,) = (info for info in optim_db if info.optim_cls is torch.optim.AdamW)
+# Options of AdamW's that PyTorch's SparseAdam lacks, and so do its configurations.
+ADAMW_OPTIONS = {"weight_decay", "amsgrad"}
+
+
+def read_configs() -> dict[str, dict[str, Any]]:
+    """Keyword arguments of each configuration."""
+    configs = {config.desc: config.kwargs for config in INFO.optim_inputs_func(device="cpu")}
+    of_adamw = (c for c in ADAMW_INFO.optim_inputs_func(device="cpu") if ADAMW_OPTIONS & set(c.kwargs))
+    return configs | {f"AdamW's {config.desc}": config.kwargs for config in of_adamw}
+
+
+def read_error_cases() -> list[tuple[type[torch.optim.Optimizer], Any]]:
+    """Error cases, each with the class of PyTorch's that it is a case of."""
+    kwargs: Any = {"device": "cpu", "dtype": torch.float32}
+    cases: list[Any] = [(INFO.optim_cls, case) for case in INFO.optim_error_inputs_func(**kwargs)]
+    of_adamw = (c for c in ADAMW_INFO.optim_error_inputs_func(**kwargs) if is_of_adamw_alone(c.optimizer_error_input))
+    return cases + [(ADAMW_INFO.optim_cls, case) for case in of_adamw]
+
+
+def is_of_adamw_alone(error_input: Any) -> bool:
+    return bool(ADAMW_OPTIONS & set(error_input.kwargs))
+
+
+CONFIGS = list(read_configs())
+ADAMW_CONFIGS = [config for config in CONFIGS if config.startswith("AdamW's ")]
+ERROR_CASES = read_error_cases()
 
 Make = Callable[..., SparseAdam]
 
@@ -66,8 +92,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 def options_of(config: str) -> dict[str, Any]:
     """Keyword arguments of a configuration, made anew: a learning rate may be a tensor that schedulers write to."""
-    (kwargs,) = (c.kwargs for c in INFO.optim_inputs_func(device="cpu") if c.desc == config)
-    return dict(kwargs)
+    return dict(read_configs()[config])
 
 
 def make_sparse(*params: Tensor) -> None:
@@ -148,17 +173,25 @@ def test_the_entry_is_what_these_tests_were_written_for() -> None:
     assert INFO.only_supports_sparse_grads and not INFO.supports_complex
     assert not INFO.supported_impls and not INFO.has_capturable_arg
     assert INFO.supports_param_groups and not INFO.step_requires_closure
-    assert CONFIGS == ["default", "non-default lr", "Tensor lr", "maximize"]
-    assert len(ERROR_CASES) >= 10
+    of_adamw = ["AdamW's nonzero weight_decay", "AdamW's maximize", "AdamW's amsgrad"]
+    assert ADAMW_CONFIGS == of_adamw
+    assert CONFIGS == ["default", "non-default lr", "Tensor lr", "maximize", *of_adamw]
+    assert len(ERROR_CASES) >= 11
+    assert {cls for cls, _ in ERROR_CASES} == {torch.optim.SparseAdam, torch.optim.AdamW}
     for config in CONFIGS:
-        assert set(options_of(config)) <= {"lr", "maximize"}
+        of_both = {"lr", "maximize"}
+        assert set(options_of(config)) <= (of_both | ADAMW_OPTIONS if config in of_adamw else of_both)
+        assert (config in of_adamw) == (options_of(config).get("weight_decay", 0.0) > 0.0)
+    assert options_of("AdamW's amsgrad")["amsgrad"] and options_of("AdamW's maximize")["maximize"]
 
 
 # Errors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ERROR_CASES, ids=lambda case: case.optimizer_error_input.desc)
-def test_errors(make: Make, case: Any) -> None:
+@pytest.mark.parametrize(
+    ("torch_class", "case"), ERROR_CASES, ids=[case.optimizer_error_input.desc for _, case in ERROR_CASES]
+)
+def test_errors(make: Make, torch_class: Any, case: Any) -> None:
     params, kwargs = case.optimizer_error_input.params, case.optimizer_error_input.kwargs
     assert case.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR, "no other kind in the entry"
     if issubclass(case.error_type, Warning):
@@ -175,7 +208,7 @@ def test_errors(make: Make, case: Any) -> None:
         with pytest.raises(case.error_type, match=case.error_regex) as ours:
             make(params, **kwargs)
         with pytest.raises(case.error_type) as theirs:
-            torch.optim.SparseAdam(params, **kwargs)
+            torch_class(params, **kwargs)
         assert type(ours.value) is type(theirs.value)
         assert str(ours.value).startswith(str(theirs.value).rstrip(".")), "PyTorch's words open ours"
 
@@ -224,6 +257,35 @@ def test_groups_with_schedulers_go_in_the_right_direction(make: Make, schedulers
     assert problem.loss() < before
     lrs = [group["lr"] for group in optimizer.param_groups]
     assert lrs == pytest.approx([1e-3 * 0.81, 0.01 * 0.81]), "StepLR has fallen twice, each group from its own"
+
+
+@pytest.mark.parametrize("config", ADAMW_CONFIGS)
+@pytest.mark.parametrize("mode", ["touched", "exact"])
+def test_where_every_row_is_touched_it_goes_as_adamw_goes(make: Make, config: str, mode: str) -> None:
+    # So fast, and with such short a memory, that second moments fall as the minimum comes near.
+    options = {"lr": 0.1, "betas": (0.9, 0.5), **options_of(config)}
+
+    def run(build: Any, **more: Any) -> tuple[Problem, torch.optim.Optimizer]:
+        problem = Problem()
+        optimizer = build(problem.params, **{**options, **more})
+        for _ in range(20):
+            problem.backward()
+            if build is torch.optim.AdamW:
+                for param in problem.params:
+                    param.grad = param.grad.to_dense()
+            optimizer.step()
+        return problem, optimizer
+
+    (problem, optimizer), (theirs, partner) = run(make, weight_decay_mode=mode), run(torch.optim.AdamW)
+    torch.testing.assert_close(problem.params, theirs.params)
+    for param, their_param in zip(problem.params, theirs.params, strict=True):
+        state, their_state = optimizer.state[param], partner.state[their_param]
+        assert state["rows"].tolist() == list(range(param.numel()))  # PyTorch's gradients name elements here
+        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options.get("amsgrad") else [])):
+            torch.testing.assert_close(state[key].reshape(param.shape), their_state[key])
+    for option in ADAMW_OPTIONS & set(options):
+        without, _ = run(make, **{option: type(options[option])(0)})
+        assert not torch.allclose(without.weight, problem.weight), f"{option} does something"
 
 
 @each_config
@@ -412,13 +474,16 @@ def test_older_state_dicts_without_newer_options_load(make: Make, config: str) -
         optimizer.step()
     old = copy.deepcopy(optimizer.state_dict())
     (group,) = old["param_groups"]
-    for option in (*INFO.not_og_supported_flags, "torch_eps"):
-        group.pop(option, None)
-    assert "maximize" not in group
+    present = {option: value for option, value in group.items() if option != "params"}
+    for option in present:
+        if option not in ("lr", "betas", "eps"):
+            del group[option]
+    assert not {*INFO.not_og_supported_flags, *ADAMW_OPTIONS, "torch_eps"} & set(group)
     for each in (optimizer, make(problem.params, **options_of(config))):
         each.load_state_dict(copy.deepcopy(old))
-        assert each.param_groups[0]["maximize"] is options_of(config).get("maximize", False)
-        assert each.param_groups[0]["torch_eps"] is False
+        loaded = {option: value for option, value in each.param_groups[0].items() if option != "params"}
+        assert loaded == present
+        assert loaded["maximize"] is options_of(config).get("maximize", False)
         problem.backward()
         each.step()
         assert each.state[problem.weight]["step"] == 4
@@ -487,8 +552,10 @@ def test_deepcopy_copies_all_public_attributes(make: Make, config: str) -> None:
 def test_it_can_be_printed(make: Make, config: str) -> None:
     text = repr(make([Parameter(torch.randn(2, 3)) for _ in range(2)], **options_of(config)))
     assert text.startswith("SparseAdam (\nParameter Group 0\n")
-    for option in ("lr", "betas", "eps", "maximize"):
+    for option in ("lr", "betas", "eps", "maximize", *ADAMW_OPTIONS):
         assert f"    {option}: " in text
+    for option, value in options_of(config).items():
+        assert f"    {option}: {value}\n" in text
 
 
 # Hooks --------------------------------------------------------------------------------------------

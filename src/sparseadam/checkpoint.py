@@ -103,7 +103,8 @@ def read_group(saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Map
         raise checkpoint_error(
             "all parameters",
             f"weight_decay={saved['weight_decay']} of a torch.optim.Adam that adds it to gradients. Here it is "
-            "decoupled, as in torch.optim.AdamW; set it to 0 in the checkpoint's groups",
+            "decoupled, as in torch.optim.AdamW; set it to 0 in the checkpoint's groups, or, if an older PyTorch's "
+            "AdamW wrote them, decoupled_weight_decay to True",
         )
     read = {key: deepcopy(value) for key, value in saved.items() if key not in _IMPLEMENTATION_OPTIONS}
     kept = {key: group[key] for key in (*defaults, "param_names") if key in group}
@@ -275,7 +276,7 @@ def _check_rows(rows: object, num_slots: int, num_rows: int, place: Place) -> No
         found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
         raise checkpoint_error(place, f"rows is {found}, a one-dimensional torch.int64 tensor expected")
     if len(rows) != num_slots:
-        raise checkpoint_error(place, f"{len(rows)} rows for {num_slots} rows of moments")
+        raise checkpoint_error(place, f"{len(rows)} rows for {num_slots} rows of exp_avg")
     outside = rows[(rows < 0) | (rows >= num_rows)]
     if len(outside) > 0:
         raise checkpoint_error(place, f"row {int(outside[0])} is outside the table's {num_rows} rows")

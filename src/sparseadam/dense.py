@@ -171,8 +171,8 @@ def is_dense_state(state: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(state, Mapping) and not isinstance(state, Moments) and "exp_avg" in state and "rows" not in state
 
 
-def keeps_state(state: object, parameter: Tensor, options: GroupOptions) -> bool:
-    """Whether a loaded state stays dense until a sparse gradient comes.
+def keeps_state(state: object, parameter: Tensor, options: GroupOptions) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a state, loaded ones included, stays dense until a sparse gradient comes.
 
     Float32 moments of half-precision parameters do not: PyTorch keeps none, and rounding them is no part of loading.
     """

@@ -347,17 +347,9 @@ class SparseAdam(torch.optim.Optimizer):
 
         They enter the state when their step is done.
         """
-        state = self.state.get(table)
-        if not state:
+        moments = self._moments_of(table, place, layout)
+        if moments is None:
             moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
-        elif isinstance(state, Moments):
-            moments = state
-        else:  # a plain mapping put there from outside, as code that moves states between devices does
-            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
-        if moments.layout != layout:
-            raise _validate.layout_change_error(place, moments.layout, layout)
-        if moments.shape != table.shape:
-            raise _validate.moment_shape_error(place, moments.shape, table.shape)
         if moments.dtype is not moment_dtype(table.dtype):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         if moments.device != table.device:
@@ -367,6 +359,28 @@ class SparseAdam(torch.optim.Optimizer):
                 raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
             moments = moments.with_sparse_dim(sparse_dim)
         return moments
+
+    def _moments_of(self, table: Tensor, place: Place, layout: StateLayout) -> Moments | None:
+        """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
+        state = self.state.get(table)
+        if not state:
+            return None
+        if isinstance(state, Moments):
+            moments = state
+        else:  # a plain mapping put there from outside, as code that moves states between devices does
+            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
+        if moments.layout != layout:
+            raise _validate.layout_change_error(place, moments.layout, layout)
+        if moments.shape != table.shape:
+            raise _validate.moment_shape_error(place, moments.shape, table.shape)
+        return moments
+
+    def _kept(self, param: Tensor, place: Place, options: GroupOptions) -> Moments | Mapping[str, Any] | None:
+        """Return what is kept for a parameter between steps: its moments, or its dense state where it takes those."""
+        state = self.state.get(param)
+        if dense.keeps_state(state, param, options):
+            return state
+        return self._moments_of(param, place, options.layout)
 
     def flush(self) -> None:
         """Apply the weight decay that rows owe, in groups with ``weight_decay_mode="exact"``, to whole tables.
@@ -382,15 +396,16 @@ class SparseAdam(torch.optim.Optimizer):
         options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
         owing = []
         for group_index, group in enumerate(self.param_groups):
+            if not options[group_index].layout.owes_decay:
+                continue
             for position, table in enumerate(group["params"]):
-                moments = self.state.get(table)
-                if isinstance(moments, Moments) and moments.layout.owes_decay:
-                    place = Place(group, group_index, position)
-                    if moments.shape != table.shape:
-                        raise _validate.moment_shape_error(place, moments.shape, table.shape)
+                place = Place(group, group_index, position)
+                moments = self._kept(table, place, options[group_index])
+                if isinstance(moments, Moments):
                     owing.append((table, moments, place))
         for table, moments, place in owing:
             self._pay_decay(table, moments, place, options[place.group_index])
+            self.state[table] = moments
 
     def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         rounds = options.stochastic_rounding
@@ -412,14 +427,16 @@ class SparseAdam(torch.optim.Optimizer):
             IndexError: a row outside the table.
         """
         place = self._place_of(param)
-        moments = self.state.get(param)
+        kept = self._kept(param, place, _validate.check_group(place.group, place.group_index))
         _validate.check_rows(rows, place)
-        num_rows = moments.num_rows if isinstance(moments, Moments) else len(param)
+        # Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
+        num_rows = param.numel() if kept is None else kept.num_rows if isinstance(kept, Moments) else len(param)
         _validate.check_row_range(rows, num_rows, place)
-        if isinstance(moments, Moments):
-            moments.forget(torch.unique(rows.to(moments.device)))
-        elif moments:
-            dense.forget(moments, rows)
+        if isinstance(kept, Moments):
+            kept.forget(torch.unique(rows.to(kept.device)))
+            self.state[param] = kept
+        elif kept is not None:
+            dense.forget(kept, rows)
 
     def resize(self, param: Tensor, num_rows: int) -> None:
         """Give a table more rows, or fewer: ``param`` stays the same object, with other memory and another shape.
@@ -439,17 +456,20 @@ class SparseAdam(torch.optim.Optimizer):
         """
         place = self._place_of(param)
         _validate.check_resize(param, num_rows, place)
-        moments = self.state.get(param)
-        if isinstance(moments, Moments) and moments.layout.owes_decay:
-            options = _validate.check_group(place.group, place.group_index)
-            self._pay_decay(param, moments, place, options)
+        options = _validate.check_group(place.group, place.group_index)
+        kept = self._kept(param, place, options)
+        if isinstance(kept, Moments) and kept.layout.owes_decay:
+            self._pay_decay(param, kept, place, options)
         resized = param.detach().new_zeros((num_rows, *param.shape[1:]))
         num_kept = min(num_rows, len(param))
         resized[:num_kept] = param.detach()[:num_kept]
-        if isinstance(moments, Moments):
-            self.state[param] = moments.resized(resized.shape)
-        elif moments:
-            self.state[param] = dense.resized(moments, num_rows)
+        if isinstance(kept, Moments):
+            self.state[param] = kept.resized(resized.shape)
+        elif kept is not None:
+            self.state[param] = dense.resized(kept, num_rows)
+        # While a graph of before lives, as that of a loss that is still held, autograd checks new gradients against the
+        # shape that it noted then. Memory of another dtype makes it take note anew; another shape alone does not.
+        param.data = resized.new_empty(0, dtype=torch.float32 if param.dtype is torch.float64 else torch.float64)
         param.data = resized
 
     def _place_of(self, param: Tensor) -> Place:
