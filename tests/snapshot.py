@@ -12,7 +12,7 @@ def bits(value: Any) -> Any:
     """Return a tensor as its dtype, shape and bytes, any other value as its type and text; NaN equals itself so."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__, repr(value)
-    flat = value.detach().reshape(-1).contiguous().view(torch.uint8)
+    flat = value.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return value.dtype, tuple(value.shape), flat.numpy().tobytes()
 
 
