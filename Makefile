@@ -61,7 +61,9 @@ sanitize: $(VENV)/installed
 	  --config-settings=cmake.define.SPARSEADAM_SANITIZE=address,undefined .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_update.py tests/test_moments.py tests/test_coalesce.py tests/test_steady_step.py -k "not resident"
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_update.py tests/test_moments.py \
+	  tests/test_coalesce.py tests/test_steady_step.py tests/test_rounding.py tests/test_options.py \
+	  -k "not resident and not reference"
 
 # The native step without Python. Without OpenMP the kernel starts threads of its own: GNU's OpenMP runtime is not
 # instrumented, and all that it orders would look like a race.
