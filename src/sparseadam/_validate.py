@@ -505,6 +505,18 @@ def values_error(place: Place, found: Sequence[int], wanted: Sequence[int]) -> R
     )
 
 
+def check_indices(indices: Tensor, sparse_shape: Sequence[int], place: Place | str) -> None:
+    """Refuse lookups outside their table.
+
+    Raises:
+        IndexError: naming the first index that is, in the order of the dimensions.
+    """
+    for dim, (size, index) in enumerate(zip(sparse_shape, indices, strict=True)):
+        is_bad = (index < 0) | (index >= size)
+        if is_bad.any():
+            raise row_error(place, sparse_shape, dim, int(index[is_bad][0]))
+
+
 def row_error(place: Place | str, sparse_shape: Sequence[int], dim: int, index: int) -> IndexError:
     """Make the error for an index outside the table."""
     size = sparse_shape[dim]

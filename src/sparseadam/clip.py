@@ -180,11 +180,7 @@ def _check_lookups(grad: Tensor, place: str) -> None:
     if grad.dtype not in _validate.TABLE_DTYPES:
         raise _validate.clip_dtype_error(place, grad.dtype)
     indices = grad._indices()
-    sparse_shape = grad.shape[: len(indices)]
-    for dim, (size, index) in enumerate(zip(sparse_shape, indices, strict=True)):
-        is_bad = (index < 0) | (index >= size)
-        if is_bad.any():
-            raise _validate.row_error(place, sparse_shape, dim, int(index[is_bad][0]))
+    _validate.check_indices(indices, grad.shape[: len(indices)], place)
 
 
 def _with_dense_gradient(params: Sequence[Tensor]) -> list[Tensor]:

@@ -30,12 +30,7 @@ def check_rows(updates: Sequence[RowUpdate]) -> None:
         RuntimeError: naming the first rows of a table whose summed gradient is not finite.
     """
     for update in updates:
-        sparse_shape = update.table.shape[: update.moments.sparse_dim]
-        for dim, (size, indices) in enumerate(zip(sparse_shape, update.indices, strict=True)):
-            is_bad = (indices < 0) | (indices >= size)
-            if is_bad.any():
-                index = int(indices[is_bad][0])
-                raise _validate.row_error(update.place, sparse_shape, dim, index)
+        _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
     for update in updates:
         if update.scalars.nonfinite == NONFINITE["error"] and update.num_lookups > 0:
             rows, grad = _summed(update)
