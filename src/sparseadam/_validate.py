@@ -556,7 +556,7 @@ def moment_shape_error(place: Place, found: Sequence[int], wanted: Sequence[int]
     """Make the error for a table that changed its shape under its moments."""
     return RuntimeError(
         f"the moments of {place} were made for a table of shape {shape_text(found)}, but the table now has shape "
-        f"{shape_text(wanted)}. Build a new optimizer after changing a table's shape."
+        f"{shape_text(wanted)}. Build a new optimizer after changing a table's shape, or let resize() change it."
     )
 
 

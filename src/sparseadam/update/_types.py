@@ -76,7 +76,7 @@ def step_scalars(options: GroupOptions, step: int) -> StepScalars:
     """
     step_size, root_scale = bias_corrections(options.lr, options.beta1, options.beta2, step, options.torch_eps)
     one_minus_beta1 = 1.0 - options.beta1
-    lost = options.lr * options.weight_decay
+    lost = max(options.lr * options.weight_decay, 0.0)  # a schedule may end at an lr of -1e-18
     return StepScalars(
         beta1=options.beta1,
         one_minus_beta1=-one_minus_beta1 if options.maximize else one_minus_beta1,
