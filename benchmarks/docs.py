@@ -83,7 +83,8 @@ def placeholders(steps: list[Record]) -> dict[str, str]:
         "missed": missed(steps),
     }
     for script in SCRIPTS:
-        filled[script.name] = section(script.columns, read_json_lines(results_file(script.name)))
+        records = read_json_lines(results_file(script.name))
+        filled[script.name] = section(script.columns, records) + apart(records[0], steps[0])
     return filled
 
 
@@ -98,6 +99,16 @@ def machine_table(record: Record) -> str:
         "date": record["date"],
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def apart(record: Record, steps: Record) -> str:
+    """Say where a section was measured apart from the steps: times of two runs do not compare."""
+    if record["commit"] == steps["commit"]:
+        return ""
+    return (
+        f"\n\nMeasured apart from the steps above, at commit {record['commit']}, {record['date']}, perhaps on another "
+        "machine of the same name: compare within this table only."
+    )
 
 
 def section(columns: tuple[Column, ...], records: list[Record]) -> str:
