@@ -17,13 +17,14 @@ for package in ("numpy", "scipy", "sklearn", "matplotlib", "adjustText", "rich")
 
 import torch  # noqa: E402  (after the skip)
 
-from recipes.low_precision import cli, results, small_changes, variants  # noqa: E402
+from recipes.low_precision import cli, results, small_changes, steps, variants  # noqa: E402
 from recipes.low_precision.results import Run  # noqa: E402
 from recipes.low_precision.runs import Task, continue_variant, losses_without_training, train_variant  # noqa: E402
 from recipes.low_precision.steps import StepComparison, compare_steps  # noqa: E402
 from recipes.low_precision.variants import BASELINE, Variant  # noqa: E402
 from recipes.word_vectors import training  # noqa: E402
 from recipes.word_vectors.cli import WORDNET, build_batches, build_model, parse_arguments  # noqa: E402
+from recipes.word_vectors.comparison import Contender  # noqa: E402
 from recipes.word_vectors.corpus import read_corpus  # noqa: E402
 from recipes.word_vectors.errors import RecipeError  # noqa: E402
 
@@ -174,8 +175,33 @@ def test_steps_are_compared_on_the_same_gradients(task, trained):
         assert torch.equal(table, kept)
 
 
+def test_longer_steps_are_those_of_the_root_of_the_second_moment():
+    """A second moment set to a quarter makes steps twice as long, and a first one set to half is half off."""
+    contenders = []
+    for share in (1.0, 0.25):
+        table = torch.nn.Parameter(torch.zeros(4, 3))
+        optimizer = BASELINE.build_optimizer([table], lr=0.1, seed=0)
+        table.grad = torch.ones(4, 3).to_sparse(1)
+        optimizer.step()
+        optimizer.state[table]["exp_avg_sq"].mul_(share)
+        optimizer.state[table]["exp_avg"].mul_(share**0.5)
+        contenders.append(Contender([table], optimizer))
+    errors = steps._moment_errors(*contenders, touched=[torch.tensor([0, 2])])
+    assert errors == steps.MomentErrors(
+        exp_avg_error=pytest.approx(0.5), longer_steps=pytest.approx(1.0), step_spread=pytest.approx(0.0)
+    )
+
+
+def test_the_seed_is_the_optimizers_own():
+    """What was drawn from torch's default generator before does not matter."""
+    table = torch.nn.Parameter(torch.zeros(2, 2))
+    seeds = [BY_NAME["8-bit moments"].build_optimizer([table], 0.1, seed).param_groups[0]["seed"] for seed in (0, 0, 1)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
 def test_ratios_are_taken_within_rounds():
-    comparison = StepComparison({BASELINE.name: [1.0, 2.0, 4.0], "other": [2.0, 6.0, 4.0]}, {})
+    # Ratios 2, 3 and 2: their median is neither their mean nor the ratio of the medians, 3.
+    comparison = StepComparison({BASELINE.name: [1.0, 2.0, 4.0], "other": [2.0, 6.0, 8.0]}, {})
     assert results.step_ratio(comparison, "other") == 2.0
     assert results.step_ratio(comparison, BASELINE.name) == 1.0
 
