@@ -42,22 +42,14 @@ int64_t Coalescing::find_rows(int64_t partition) {
   const int64_t end = lookups_.partition_end(partition);
   std::vector<Entry> scratch(static_cast<size_t>(end - begin));
   lookups_.sort_partition(partition, scratch.data());
-  int64_t num_rows = 0;
-  int64_t last_row = -1;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = lookups_.row_of(lookups_.sorted()[i]);
-    if (row != last_row) begins_[begin + num_rows++] = static_cast<uint32_t>(i);
-    ends_[begin + num_rows - 1] = static_cast<uint32_t>(i + 1);
-    last_row = row;
-  }
-  return num_rows;
+  return lookups_.find_rows(partition, begins_ + begin, ends_ + begin, [](int64_t) {}, [](int64_t, int64_t) {});
 }
 
 void Coalescing::sum(const void* values, int64_t width, ElementType element, InstructionSet instruction_set,
                      int64_t* rows, void* sums, int num_threads) const {
   if (num_touched() == 0) return;
   const SumRows sum_rows = row_kernels_for(element, {}, false, instruction_set).sum_rows;
-  const int64_t sum_bytes = (element == ElementType::kFloat64 ? 8 : 4) * width;
+  const int64_t sum_bytes = moment_bytes(element) * width;
   auto run = [&](Team& team) {
     auto sum_partition = [&](int64_t partition, int) {
       const auto p = static_cast<size_t>(partition);

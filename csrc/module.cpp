@@ -68,6 +68,12 @@ std::vector<std::string> instruction_set_names() {
   return names;
 }
 
+int64_t count_rows(const std::vector<int64_t>& sparse_shape) {
+  int64_t num_rows = 1;
+  for (const int64_t size : sparse_shape) num_rows *= size;
+  return num_rows;
+}
+
 MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, uintptr_t exp_avg, uintptr_t exp_avg_sq,
                           uintptr_t max_exp_avg_sq, int64_t exp_avg_stride, int64_t exp_avg_sq_stride,
                           uintptr_t exp_avg_scale, uintptr_t exp_avg_sq_scale, int64_t scale_stride,
@@ -89,8 +95,7 @@ MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, ui
 Table make_table(uintptr_t table, int64_t table_stride, const std::string& element_type,
                  std::vector<int64_t> sparse_shape, int64_t width, const MomentMemory& moments, uintptr_t slot_of_row,
                  bool wide_slots, uintptr_t rows, bool stochastic_rounding, uint64_t stream) {
-  int64_t num_rows = 1;
-  for (const int64_t size : sparse_shape) num_rows *= size;
+  const int64_t num_rows = count_rows(sparse_shape);
   return {at_address<void>(table),
           table_stride,
           by_name(kElementTypes, element_type),
@@ -135,8 +140,7 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
 
 std::unique_ptr<Coalescing> make_coalescing(uintptr_t indices, const std::vector<int64_t>& sparse_shape,
                                             int64_t num_lookups, int num_threads) {
-  int64_t num_rows = 1;
-  for (const int64_t size : sparse_shape) num_rows *= size;
+  const int64_t num_rows = count_rows(sparse_shape);
   const nb::gil_scoped_release release;
   const Lookups lookups{at_address<const int64_t>(indices), sparse_shape.data(),
                         static_cast<int64_t>(sparse_shape.size()), num_lookups};

@@ -40,6 +40,9 @@ inline int64_t element_bytes(ElementType element) {
   }
 }
 
+// Bytes of an element of its moments as they are computed, and of sums.
+inline int64_t moment_bytes(ElementType element) { return element == ElementType::kFloat64 ? 8 : 4; }
+
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
 struct StepScalars {

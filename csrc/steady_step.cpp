@@ -125,21 +125,20 @@ ReadTensor find_reader(nb::handle tensor_type) {
   return functions->version.major == kDLPackMajor ? functions->tensor_from_object : nullptr;
 }
 
+bool SteadyStep::Look::has_form_of(const nb::dlpack::dltensor& tensor) const {
+  return tensor.device.device_type == device.device_type && tensor.device.device_id == device.device_id &&
+         is_same_dtype(tensor.dtype, dtype) && static_cast<size_t>(tensor.ndim) == shape.size() &&
+         std::equal(shape.begin(), shape.end(), tensor.shape);
+}
+
 bool SteadyStep::Look::fits(const nb::dlpack::dltensor& tensor) const {
-  return memory_of(tensor) == data && tensor.device.device_type == device.device_type &&
-         tensor.device.device_id == device.device_id && is_same_dtype(tensor.dtype, dtype) &&
-         static_cast<size_t>(tensor.ndim) == shape.size() && std::equal(shape.begin(), shape.end(), tensor.shape) &&
-         std::equal(strides.begin(), strides.end(), tensor.strides);
+  return memory_of(tensor) == data && has_form_of(tensor) && std::equal(strides.begin(), strides.end(), tensor.strides);
 }
 
 bool SteadyStep::Look::is_like(const nb::dlpack::dltensor& tensor) const {
-  if (tensor.device.device_type != device.device_type || tensor.device.device_id != device.device_id ||
-      !is_same_dtype(tensor.dtype, dtype) || static_cast<size_t>(tensor.ndim) != shape.size()) {
-    return false;
-  }
+  if (!has_form_of(tensor)) return false;
   for (size_t dim = 0; dim < shape.size(); ++dim) {
-    const bool has_stride = shape[dim] == 1 || tensor.strides[dim] == strides[dim];
-    if (tensor.shape[dim] != shape[dim] || !has_stride) return false;
+    if (shape[dim] != 1 && tensor.strides[dim] != strides[dim]) return false;
   }
   return true;
 }
@@ -153,13 +152,16 @@ SteadyStep::Look SteadyStep::look_at(nb::handle object) const {
   return look;
 }
 
+// Whether an object is a tensor with memory that can be read: a sparse one is not.
+bool SteadyStep::read(nb::handle object, nb::dlpack::dltensor& tensor) const {
+  if (read_tensor_(object.ptr(), &tensor) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 bool SteadyStep::looks_like(nb::handle object, const Look& look) const {
   nb::dlpack::dltensor tensor;
-  if (read_tensor_(object.ptr(), &tensor) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  return look.is_like(tensor);
+  return read(object, tensor) && look.is_like(tensor);
 }
 
 void SteadyStep::add_table(nb::object parameter, nb::object moments, nb::object native_table,
@@ -220,11 +222,7 @@ bool SteadyStep::is_dense_as_before(const Parameter& parameter, nb::handle gradi
 
 bool SteadyStep::read_table(const Parameter& parameter, nb::handle gradient, Reading& reading) const {
   nb::dlpack::dltensor table;
-  if (read_tensor_(parameter.object.ptr(), &table) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (!parameter.look.fits(table)) return false;
+  if (!read(parameter.object, table) || !parameter.look.fits(table)) return false;
   // Both share the gradient's memory, so nothing is lost when they go; kept, they would soon call the garbage
   // collector.
   const nb::object indices = call_method(gradient, names().indices);
@@ -239,10 +237,7 @@ bool SteadyStep::read_table(const Parameter& parameter, nb::handle gradient, Rea
 bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb::handle values,
                               const ScalarArray& scalars, Reading& reading) const {
   nb::dlpack::dltensor index, value;
-  if (read_tensor_(indices.ptr(), &index) != 0 || read_tensor_(values.ptr(), &value) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!read(indices, index) || !read(values, value)) return false;
   const Look& look = parameter.look;
   const size_t sparse_dim = parameter.table->sparse_shape.size();
   const bool fits =

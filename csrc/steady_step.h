@@ -62,6 +62,7 @@ class SteadyStep {
     nanobind::dlpack::device device{};
     nanobind::dlpack::dtype dtype{};
     std::vector<int64_t> shape, strides;
+    bool has_form_of(const nanobind::dlpack::dltensor& tensor) const;
     bool fits(const nanobind::dlpack::dltensor& tensor) const;
     bool is_like(const nanobind::dlpack::dltensor& tensor) const;  // at any address
   };
@@ -86,6 +87,8 @@ class SteadyStep {
   bool is_dense_as_before(const Parameter& parameter, nanobind::handle gradient) const;
   bool looks_like(nanobind::handle tensor, const Look& look) const;
   Look look_at(nanobind::handle tensor) const;
+
+  bool read(nanobind::handle object, nanobind::dlpack::dltensor& tensor) const;
 
   ReadTensor read_tensor_;
   std::vector<std::vector<Parameter>> groups_;

@@ -127,20 +127,11 @@ int64_t find_rows(const Table& table, const TableScratch& scratch, int64_t parti
   const Partitioning& lookups = scratch.lookups;
   const Entry* sorted = lookups.sorted();
   const int64_t end = lookups.partition_end(partition);
-  int64_t num_rows = 0;
-  int64_t last_row = -1;
-  for (int64_t i = lookups.partition_begin(partition); i < end; ++i) {
+  const auto prefetch_later = [&](int64_t i) {
     if (i + kSlotPrefetchDistance < end) prefetch_slot(table, lookups.row_of(sorted[i + kSlotPrefetchDistance]));
-    const int64_t row = lookups.row_of(sorted[i]);
-    if (row != last_row) {
-      begins[num_rows] = static_cast<uint32_t>(i);
-      slots[num_rows] = read_slot(table, row);
-      ++num_rows;
-    }
-    ends[num_rows - 1] = static_cast<uint32_t>(i + 1);
-    last_row = row;
-  }
-  return num_rows;
+  };
+  return lookups.find_rows(partition, begins, ends, prefetch_later,
+                           [&](int64_t index, int64_t row) { slots[index] = read_slot(table, row); });
 }
 
 // Takes rows whose gradient is not finite out of a run; returns how many.
@@ -189,9 +180,8 @@ std::vector<int64_t> find_nonfinite_rows(const TableStep& step, TableScratch& sc
                                          const RowKernels& kernels, ThreadScratch& thread) {
   uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
   uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
-  int64_t* slots = thread.slots.data();
-  const RowRun run{&scratch.lookups, begins, ends, slots,
-                   find_rows(*step.table, scratch, partition, begins, ends, slots)};
+  const int64_t num_rows = scratch.lookups.find_rows(partition, begins, ends, [](int64_t) {}, [](int64_t, int64_t) {});
+  const RowRun run{&scratch.lookups, begins, ends, nullptr, num_rows};
   const TableMemory memory = memory_of(step);
   std::vector<int64_t> found;
   for (int64_t r = 0; r < run.num_rows && found.size() < kRowsNamed; ++r) {

@@ -79,7 +79,7 @@ int64_t num_rows_of(const TableSpec& spec) {
   return num_rows;
 }
 
-size_t moment_size(ElementType element) { return element == ElementType::kFloat64 ? 8 : 4; }
+size_t moment_size(ElementType element) { return static_cast<size_t>(moment_bytes(element)); }
 
 template <class Element, class Moment>
 void fill_with(Bytes& to, Random& random) {

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..word_vectors.cli import WORDNET, build_batches, check_writable
+from ..word_vectors.cli import WORDNET, build_batches, check_writable, whole_number
 from ..word_vectors.cli import parse_arguments as parse_word_vector_arguments
 from ..word_vectors.corpus import read_corpus
 from ..word_vectors.errors import RecipeError
@@ -56,19 +56,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--seeds", type=_positive, default=NUM_SEEDS, help="runs of each variant")
-    add("--epochs", type=_positive, default=EPOCHS, help="times the text is read in each run")
+    add("--seeds", type=whole_number(1, 1000), default=NUM_SEEDS, help="runs of each variant")
+    add("--epochs", type=whole_number(1, 10_000), default=EPOCHS, help="times the text is read in each run")
     add("--quick", action="store_true", help="one seed and a few small steps, to see that it works")
     add("--out", type=Path, default=Path("demo_output"), help="directory for the files written")
-    add("--threads", type=_positive, help="threads of torch")
+    add("--threads", type=whole_number(1, 1024), help="threads of torch")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def run(options: argparse.Namespace) -> None:

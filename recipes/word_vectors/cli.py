@@ -104,24 +104,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--corpus", type=Path, default=WORDNET, help="UTF-8 text, plain or .gz, a sentence a line")
     add("--out", type=Path, default=Path("demo_output"), help="directory for the files written")
     add("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0], help="what updates the tables")
-    add("--dim", type=_whole(2, 4096), default=128, help="length of a vector")
-    add("--epochs", type=_whole(1, 10_000), default=6, help="times the text is read")
-    add("--steps", type=_whole(1, 10**9), help="stop after this many steps")
+    add("--dim", type=whole_number(2, 4096), default=128, help="length of a vector")
+    add("--epochs", type=whole_number(1, 10_000), default=6, help="times the text is read")
+    add("--steps", type=whole_number(1, 10**9), help="stop after this many steps")
     add("--lr", type=_real(0, 1000), default=0.015, help="learning rate at the start")
     add("--batch", type=_batch, default=8192, help=f"pairs in a step, a multiple of {GROUP}")
-    add("--window", type=_whole(1, 100), default=10, help="farthest context of a word")
-    add("--negatives", type=_whole(1, 1000), default=16, help="negative samples of a pair")
+    add("--window", type=whole_number(1, 100), default=10, help="farthest context of a word")
+    add("--negatives", type=whole_number(1, 1000), default=16, help="negative samples of a pair")
     add("--subsample", type=_real(0, 1), default=3e-5, help="share above which words are thinned")
-    add("--min-count", type=_whole(1, 10**9), default=2, help="drop words rarer than this")
+    add("--min-count", type=whole_number(1, 10**9), default=2, help="drop words rarer than this")
     add("--words", type=_words, help="comma-separated words whose neighbours are shown")
     add("--wordsim", type=Path, help="WordSim-353, where gensim is not installed to provide it")
-    add("--rounds", type=_whole(0, 10_000), default=40, help="rounds of the comparison; 0: none")
-    add("--seed", type=_whole(0, 2**63 - 1), default=0, help="fixes all chance")
-    add("--threads", type=_whole(1, 1024), help="threads of torch")
+    add("--rounds", type=whole_number(0, 10_000), default=40, help="rounds of the comparison; 0: none")
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="fixes all chance")
+    add("--threads", type=whole_number(1, 1024), help="threads of torch")
     return parser.parse_args(arguments)
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers in ``[low, high]``, for argparse."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -148,7 +150,7 @@ def _real(above: float, high: float) -> Callable[[str], float]:
 
 
 def _batch(text: str) -> int:
-    value = _whole(GROUP, 2**20)(text)
+    value = whole_number(GROUP, 2**20)(text)
     if value % GROUP:
         raise argparse.ArgumentTypeError(f"{value} is not a multiple of {GROUP}")
     return value

@@ -318,9 +318,9 @@ def _check_neutral(group: Mapping[str, Any]) -> None:
             )
 
 
-def check_defaults(lr: object, options: Mapping[str, Any]) -> None:
+def check_defaults(options: Mapping[str, Any]) -> None:
     """Check the constructor's own arguments, in the order of its signature; ``seed`` may still be missing."""
-    check_lr(lr, allow_zero=False)
+    check_lr(options["lr"], allow_zero=False)
     seed = 0 if rounds_stochastically(options) else None
     values = [*(options[name] for name in GROUP_OPTIONS), seed]
     _read_options(*values)

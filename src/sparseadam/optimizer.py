@@ -196,7 +196,7 @@ class SparseAdam(torch.optim.Optimizer):
             "nonfinite": nonfinite,
             "torch_eps": torch_eps,
         }
-        _validate.check_defaults(lr, defaults)
+        _validate.check_defaults(defaults)
         _validate.check_generator(generator)
         update.check_backend(backend)
         self._backend = backend

@@ -100,5 +100,5 @@ def bias_corrections(lr: float, beta1: float, beta2: float, step: Any, torch_eps
     step_size = lr / (1.0 - beta1**step)
     root_correction2 = (1.0 - beta2**step) ** 0.5
     if torch_eps:
-        return step_size * root_correction2, root_correction2**0
+        return step_size * root_correction2, root_correction2**0  # 1, a number or a tensor as the other is
     return step_size, 1.0 / root_correction2
