@@ -48,6 +48,8 @@ CHOICES = {
     "dense_gradients": ("error", "adam"),
     "nonfinite": ("propagate", "error", "skip"),
 }
+# The same of a sharded table.
+SHARDED_CHOICES = {"gradient_reduction": ("sum", "mean"), "mode": ("sum", "mean", "max")}
 MOMENT_DTYPES = (torch.bfloat16, torch.uint8)
 
 _LR_ROUNDING = 1e-12
@@ -172,8 +174,12 @@ def check_weight_decay(value: object) -> float:
 
 def check_choice(value: object, name: str) -> str:
     """Return an option that is one of a few strings."""
-    if not isinstance(value, str) or value not in CHOICES[name]:
-        names = ", ".join(repr(choice) for choice in CHOICES[name])
+    return _check_one_of(value, name, CHOICES[name])
+
+
+def _check_one_of(value: object, name: str, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        names = ", ".join(repr(choice) for choice in choices)
         raise (ValueError if isinstance(value, str) else TypeError)(
             f"Invalid {name}: {value!r}. Choose one of {names}."
         )
@@ -620,3 +626,204 @@ def checkpoint_error(place: Place | str, problem: str) -> ValueError:
     return ValueError(
         f"the checkpoint does not fit this optimizer: state of {place}: {problem}. The optimizer is unchanged."
     )
+
+
+# Several processes --------------------------------------------------------------------------------
+
+# Options of nn.Embedding that a sharded one has by name only: what they must be, and why nothing else is possible.
+_SHARDED_REFUSALS: dict[str, tuple[Any, str]] = {
+    "max_norm": (None, "the rows that are looked up lie on other ranks, which would have to rewrite them"),
+    "scale_grad_by_freq": (False, "the counts of the batch are spread over the ranks"),
+    "sparse": (True, "the gradient of a shard holds the rows that were looked up and no others"),
+}
+
+
+def check_sharded_choice(value: object, name: str) -> str:
+    """Return an option of a sharded table that is one of a few strings."""
+    return _check_one_of(value, name, SHARDED_CHOICES[name])
+
+
+def check_sharded_table(num_embeddings: object, embedding_dim: object, refused: Mapping[str, object]) -> None:
+    """Refuse a table without rows or columns, and options that a sharded table cannot have.
+
+    Raises:
+        TypeError: a size that is not an int.
+        ValueError: a size below 1, or an option with another value than the only one supported.
+    """
+    for name, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {size!r}.")
+        if size < 1:
+            raise ValueError(f"Invalid {name}: {size}. It must be at least 1.")
+    for name, value in refused.items():
+        supported, reason = _SHARDED_REFUSALS[name]
+        if value is not supported:
+            raise ValueError(f"{name}={value!r} is not supported by a sharded table: {reason}. Pass {supported!r}.")
+
+
+def check_padding_idx(padding_idx: object, num_embeddings: int) -> int | None:
+    """Return ``padding_idx`` counted from the start.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is outside the table.
+    """
+    if padding_idx is None:
+        return None
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx must be an int or None, got {padding_idx!r}.")
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(
+            f"Invalid padding_idx: {padding_idx}. It must name a row, in [{-num_embeddings}, {num_embeddings})."
+        )
+    return padding_idx % num_embeddings
+
+
+def check_shard_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that no table has."""
+    if dtype not in TABLE_DTYPES:
+        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
+        raise ValueError(f"Invalid dtype: {dtype}. A sharded table has one of {supported}.")
+
+
+def check_ids(ids: object, num_embeddings: int, device: torch.device) -> None:
+    """Refuse ids that cannot be looked up in a sharded table.
+
+    Raises:
+        TypeError: no int64 or int32 tensor.
+        RuntimeError: on another device than the table.
+        IndexError: outside the table.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        found = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a torch.int64 or torch.int32 tensor, got {found}.")
+    if ids.device != device:
+        raise RuntimeError(f"ids are on {ids.device}, and the table is on {device}. Move the ids there.")
+    outside = ids[(ids < 0) | (ids >= num_embeddings)]
+    if len(outside) > 0:
+        raise IndexError(
+            f"id {int(outside[0])} is outside the table's rows 0 to {num_embeddings - 1}. "
+            "No rank has looked anything up. Check the ids, or build the table with more rows."
+        )
+
+
+def check_same_on_all_ranks(names: Sequence[str], found: Sequence[Sequence[int]]) -> None:
+    """Refuse to share a table that ranks build differently."""
+    for name, values in zip(names, zip(*found, strict=True), strict=True):
+        if len(set(values)) > 1:
+            each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            raise ValueError(
+                f"the ranks build a sharded table with different {name}: {each}. Build the same tables in the same "
+                "order on all ranks."
+            )
+
+
+def refused_elsewhere_error(rank: int, refusing: Sequence[int]) -> RuntimeError:
+    """Make the error of a rank whose lookup was fine where another one's was not."""
+    others = ", ".join(map(str, refusing))
+    return RuntimeError(
+        f"rank {rank} cannot look up rows, because rank {others} refused its ids. "
+        f"No rank has looked anything up. The error there says why."
+    )
+
+
+def out_of_step_error(rank: int, places: Sequence[str]) -> RuntimeError:
+    """Make the error of ranks that meet at different places."""
+    each = "; ".join(f"rank {other} is in {place}" for other, place in enumerate(places))
+    return RuntimeError(
+        f"the ranks are out of step, as rank {rank} sees it: {each}. Every rank must call each sharded table equally "
+        "often and run the backward pass of each call, with no ids too. Give a rank that has none an empty tensor of "
+        "ids, and add output.sum() to its loss."
+    )
+
+
+def lost_rank_error(rank: int, world_size: int, doing: str, error: RuntimeError) -> RuntimeError:
+    """Make the error of a rank that others do not answer."""
+    cause = str(error).strip().splitlines()
+    return RuntimeError(
+        f"rank {rank} of {world_size} lost another rank while {doing}: {cause[0] if cause else type(error).__name__}. "
+        "Either that rank has ended, or it did not come here within the process group's timeout: every rank must call "
+        "each sharded table equally often and run the backward pass of each call. See the first error that any rank "
+        "printed; end this process, and start all from the last checkpoint, as torchrun --max-restarts does."
+    )
+
+
+def check_checkpoint_step(step: object) -> int:
+    """Return a checkpoint's number, which its folder's name has room for."""
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int, got {step!r}.")
+    if not 0 <= step < 10**12:
+        raise ValueError(f"Invalid step: {step}. step must lie in [0, 10**12).")
+    return step
+
+
+def check_ready_to_save(said: Sequence[tuple[int, str | None, Sequence[int]]]) -> None:
+    """Refuse to write a checkpoint that a rank cannot take part in, or in which ranks would not fit together.
+
+    Args:
+        said: by rank, its step, what keeps it from writing, and for which parameters it has a state.
+
+    Raises:
+        RuntimeError: the same on all ranks. Nothing has been written.
+    """
+    steps, problems, stateful = zip(*said, strict=True)
+    found = [f"on rank {rank}, {problem}" for rank, problem in enumerate(problems) if problem]
+    if len(set(steps)) > 1:
+        found.append(f"the ranks are at steps {', '.join(map(str, steps))}")
+    if len({tuple(numbers) for numbers in stateful}) > 1:
+        each = "; ".join(f"{list(numbers)} on rank {rank}" for rank, numbers in enumerate(stateful))
+        found.append(f"the ranks have state for different parameters: {each}")
+    if found:
+        raise RuntimeError(
+            f"no checkpoint was written: {'; '.join(found)}. Every rank must save at the same step, into a folder that "
+            "has no checkpoint of that step and can be written to."
+        )
+
+
+def unwritten_checkpoint_error(folder: str, causes: Sequence[str]) -> RuntimeError:
+    """Make the error for a checkpoint that some rank could not write."""
+    return RuntimeError(
+        f"the checkpoint in {folder} is not complete: {'; '.join(causes)}. Earlier checkpoints are whole. "
+        "Make room, or save elsewhere."
+    )
+
+
+def unread_checkpoint_error(folder: str, causes: Sequence[str]) -> RuntimeError:
+    """Make the error for a checkpoint that cannot be read."""
+    return RuntimeError(
+        f"the checkpoint in {folder} cannot be read: {'; '.join(causes)}. Build model and optimizer anew, and move "
+        "that folder away to load the one before."
+    )
+
+
+def failed_elsewhere_error(rank: int, failed: Sequence[int]) -> RuntimeError:
+    """Make the error of a rank that has loaded a checkpoint which others could not load."""
+    others = ", ".join(map(str, failed))
+    return RuntimeError(
+        f"rank {rank} has loaded the checkpoint, but rank {others} could not: the error there says why. "
+        "Build model and optimizer anew on all ranks."
+    )
+
+
+def check_saved_model(
+    found: Mapping[str, tuple[Sequence[int], torch.dtype]], wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]
+) -> None:
+    """Refuse a checkpoint that is not of this model.
+
+    Args:
+        found: sizes and dtypes by name, of whole tensors, in the checkpoint.
+        wanted: the same of the model.
+
+    Raises:
+        ValueError: naming all that does not fit. Nothing has been changed.
+    """
+    faults = [f"{name} missing" for name in wanted if name not in found]
+    faults += [f"{name} not in the model" for name in found if name not in wanted]
+    for name in found.keys() & wanted.keys():
+        (size, dtype), (wanted_size, wanted_dtype) = found[name], wanted[name]
+        if list(size) != list(wanted_size) or dtype is not wanted_dtype:
+            faults.append(f"{name} is {dtype} {shape_text(size)}, {wanted_dtype} {shape_text(wanted_size)} expected")
+    if faults:
+        raise ValueError(
+            f"the checkpoint does not fit this model: {'; '.join(sorted(faults))}. Build the model that was saved."
+        )
