@@ -189,7 +189,7 @@ class Exchange:
         own = torch.tensor([[*place, count] for count in counts], dtype=torch.int64, device=self.device)
         heard = torch.empty_like(own)
         ones = [1] * self.world_size
-        self.traffic.headers += self._send(own, ones, heard, ones, str(place))
+        self.traffic.headers += self._send(own, ones, heard, ones, f"beginning {place}")
         places, their_counts = zip(*((Place(*each[:3]), each[3]) for each in heard.tolist()), strict=True)
         if stage is not Stage.REFUSED:  # the reason is the caller's to raise
             refusing = [rank for rank, each in enumerate(places) if each.stage == Stage.REFUSED]
