@@ -137,7 +137,7 @@ def test_a_rank_lost_while_saving_leaves_the_checkpoint_before(how: str, tmp_pat
     for report in reports:
         if how == "half a file":
             assert re.search(
-                "is not complete: OSError on rank 1: .*No space left .*Earlier checkpoints are whole", report["said"]
+                "was not completed: OSError on rank 1: .*No space left .*Earlier checkpoints are whole", report["said"]
             )
         elif report["said"] is not None:
             assert re.match(r"rank \d of 2 lost another rank while (writing|completing) a checkpoint: ", report["said"])

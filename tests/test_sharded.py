@@ -353,7 +353,7 @@ def collect_errors(rank: int) -> dict[str, list[str] | str]:
     table = ShardedEmbedding(10, 2)
     table(torch.tensor([1]))
     optimizer = torch.optim.SGD([table.weight], lr=0.1, momentum=0.9)
-    folder = Path("not-there")
+    folder = Path("never-made")
     errors["other steps"] = said(lambda: save_checkpoint(folder, rank, table, optimizer))
     optimizer.state[table.weight]["momentum_buffer"] = torch.zeros_like(table.weight)
     errors["no rows"] = said(lambda: save_checkpoint(folder, 1, table, optimizer))
@@ -544,6 +544,7 @@ def test_mistakes_of_one_process_are_errors_in_all(reports: list[dict[str, Any]]
         assert set(report["errors"]) == set(SAID)
         for what, words in SAID.items():
             assert report["errors"][what].startswith(words[rank == 1].format(rank)), report["errors"][what]
+    assert not Path("never-made").exists()
     assert "state for different parameters: [] on rank 0; [0] on rank 1" in reports[0]["errors"]["state of some"]
 
 
@@ -609,16 +610,14 @@ def test_checkpoints_that_cannot_be_are_refused(tmp_path: Path) -> None:
     model, optimizer = nn.Embedding(5, 2, sparse=True), None
     optimizer = SparseAdam(model.parameters())
     save_checkpoint(tmp_path, 3, model, optimizer)
-    with pytest.raises(
-        RuntimeError, match=r"no checkpoint was written: on rank 0, .*step-000000000003 is there already"
-    ):
+    with pytest.raises(RuntimeError, match=r"checkpoint in .*step-000000000003 was not completed: it is there already"):
         save_checkpoint(tmp_path, 3, model, optimizer)
     with pytest.raises(ValueError, match=r"Invalid step: -1. step must lie in \[0, 10\*\*12\)"):
         save_checkpoint(tmp_path, -1, model, optimizer)
     with pytest.raises(TypeError, match=r"step must be an int, got 1.0"):
         save_checkpoint(tmp_path, 1.0, model, optimizer)
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"cannot write to .*: Not a directory"):
+    with pytest.raises(RuntimeError, match=r"was not completed: cannot write to .*: Not a directory. Earlier"):
         save_checkpoint(tmp_path / "file" / "folder", 1, model, optimizer)
     for other in (nn.Embedding(6, 2), nn.Embedding(5, 2, dtype=torch.float64)):
         before = other.weight.detach().clone()

@@ -775,16 +775,16 @@ def check_ready_to_save(said: Sequence[tuple[int, str | None, Sequence[int]]]) -
         found.append(f"the ranks have state for different parameters: {each}")
     if found:
         raise RuntimeError(
-            f"no checkpoint was written: {'; '.join(found)}. Every rank must save at the same step, into a folder that "
-            "has no checkpoint of that step and can be written to."
+            f"no checkpoint was written: {'; '.join(found)}. Every rank must save at the same step, a model and an "
+            "optimizer of the same kind."
         )
 
 
 def unwritten_checkpoint_error(folder: str, causes: Sequence[str]) -> RuntimeError:
     """Make the error for a checkpoint that some rank could not write."""
     return RuntimeError(
-        f"the checkpoint in {folder} is not complete: {'; '.join(causes)}. Earlier checkpoints are whole. "
-        "Make room, or save elsewhere."
+        f"the checkpoint in {folder} was not completed: {'; '.join(causes)}. Earlier checkpoints are whole. Remove the "
+        "cause, or save elsewhere."
     )
 
 

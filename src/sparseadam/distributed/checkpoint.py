@@ -69,11 +69,12 @@ def save_checkpoint(
     partial = final.with_name(_PARTIAL + final.name)
     state = optimizer.state_dict()
     tables = _tables_of(optimizer, model)
-    problem = _unfit(model, state["state"], tables)
-    if ranks.rank == 0:
-        problem = problem or _make_room(final, partial)
-    said = ranks.gather(_Said(step, problem, _count(state["state"], tables)), "beginning a checkpoint")
+    own = _Said(step, _unfit(model, state["state"], tables), _count(state["state"], tables))
+    said: list[_Said] = ranks.gather(own, "beginning a checkpoint")
     _validate.check_ready_to_save([(each.step, each.problem, list(each.counts)) for each in said])
+    problem = ranks.gather(_make_room(final, partial) if ranks.rank == 0 else None, "beginning a checkpoint")[0]
+    if problem is not None:
+        raise _validate.unwritten_checkpoint_error(str(final), [problem])
     state["state"] = _state_entries(state["state"], tables, [each.counts for each in said], ranks.rank)
     write({"model": _model_entries(model), "optim": state}, partial, ranks)
     problem = _complete(partial, final) if ranks.rank == 0 else None
@@ -132,7 +133,7 @@ def load_checkpoint(
 def _make_room(final: Path, partial: Path) -> str | None:
     """Prepare the folder of a checkpoint; return what is in its way."""
     if final.exists():
-        return f"{final} is there already"
+        return "it is there already"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in final.parent.glob(f"{_PARTIAL}*"):
