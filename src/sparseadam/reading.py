@@ -1,0 +1,104 @@
+"""Telling which rows of a table a model is about to read, before it reads them.
+
+Rows that are kept behind, or made on first touch, must be brought into shape before the forward pass looks them up.
+Modules that look rows up are hooked here; what has to be done is the callback's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+# Called with a table and the rows of it that are about to be read, int64 ``[num_rows_read]``, repeats included.
+ReadCallback = Callable[[Tensor, Tensor], None]
+
+
+class Removable(Protocol):
+    """What registering a hook returns."""
+
+    def remove(self) -> None:
+        """Take the hook off."""
+
+
+@runtime_checkable
+class AnnouncesReads(Protocol):
+    """A module of another kind that tells itself which rows of its own parameters it is about to read."""
+
+    def register_read_hook(self, callback: ReadCallback) -> Removable:
+        """Have ``callback(table, rows)`` called before rows of a table are read."""
+
+
+class ReadHooks:
+    """The hooks of one call of ``before_reading``; ``remove()``, or leaving it as a context, takes them off."""
+
+    def __init__(self, handles: list[Removable]) -> None:
+        """Hold the handles of what was hooked."""
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take all hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> ReadHooks:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take all hooks off."""
+        self.remove()
+
+
+def before_reading(model: nn.Module, tables: Iterable[Tensor], callback: ReadCallback) -> ReadHooks:
+    """Call ``callback(table, rows)`` whenever modules of a model are about to look up rows of some tables.
+
+    Hooked are ``nn.Embedding`` and ``nn.EmbeddingBag``, those that derive from them included, whose ``weight`` is one
+    of the tables, and every module with a ``register_read_hook`` of its own. In training and evaluation alike. Rows at
+    a padding index count as read. A copy of the model, or one that was saved whole, has tables of its own and is not
+    hooked.
+
+    Args:
+        model: the module and all that it consists of.
+        tables: the parameters to watch.
+        callback: gets the table and int64 rows ``[num_rows_read]``, in no order and with repeats.
+    """
+    watched = {id(table) for table in tables}
+    handles: list[Removable] = []
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if id(module.weight) in watched:
+                handles.append(module.register_forward_pre_hook(_LookupHook(callback), with_kwargs=True))
+        elif isinstance(module, AnnouncesReads):
+            handles.append(module.register_read_hook(callback))
+    return ReadHooks(handles)
+
+
+class _LookupHook:
+    """The forward pre-hook of an embedding; copied or pickled along with its module, it does nothing any more."""
+
+    def __init__(self, callback: ReadCallback) -> None:
+        self._callback = callback
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Embedding | nn.EmbeddingBag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input")
+        if isinstance(ids, Tensor):  # anything else is for the module to refuse
+            self._callback(module.weight, ids.detach().reshape(-1).to(torch.int64))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _hook_of_a_copy()
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _hook_of_a_copy, ()
+
+
+def _without_effect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Stand where the hook of a copied module stood."""
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _without_effect
