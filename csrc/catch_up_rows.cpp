@@ -45,9 +45,8 @@ class Replay {
         last_(memory.history.steps[memory.history.num_steps]),
         weights_(scratch),
         roots_(scratch + memory.width),
-        moves_(scratch + 2 * memory.width),
-        exp_avg_(scratch + 3 * memory.width),
-        exp_avg_sq_(scratch + 4 * memory.width) {}
+        exp_avg_(scratch + 2 * memory.width),
+        exp_avg_sq_(scratch + 3 * memory.width) {}
 
   SPARSEADAM_INLINE void prefetch_row(int64_t row, int64_t slot) const {
     const auto moment_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
@@ -60,16 +59,14 @@ class Replay {
     const int64_t clock = slot * memory_.moments.clock_stride;
     const History& history = memory_.history;
     const int64_t begin = history.entry_of(memory_.moments.weight_steps[clock]);
-    const StepNumbers& written = steps_[history.entry_of(memory_.moments.moment_steps[clock])];
+    const int64_t written = history.entry_of(memory_.moments.moment_steps[clock]);
     memory_.moments.weight_steps[clock] = static_cast<int32_t>(history.step());
 
     Element* table = table_row(row);
     for (int64_t i = 0; i < memory_.width; ++i) weights_[i] = widen(table[i]);
-    // What the moments have come to at `begin`: the first times scale1, the root of the second times root_scale2.
-    const double scale1 = std::exp(steps_[begin].log_beta1 - written.log_beta1);
-    const double root_scale2 = std::exp((steps_[begin].log_beta2 - written.log_beta2) / 2);
-    if (scale1 >= kNegligible * root_scale2) {
-      move_weights(begin, slot, scale1, root_scale2);
+    const MomentScales scales = scales_at(begin, written);
+    if (scales.first >= kNegligible * scales.root_of_second) {
+      move_weights(begin, exp_avg_of(slot), exp_avg_sq_of(slot), scales);
     } else {
       decay_weights(begin);
     }
@@ -86,83 +83,114 @@ class Replay {
   SPARSEADAM_INLINE const Moment* exp_avg_sq_of(int64_t slot) const {
     return static_cast<const Moment*>(memory_.moments.exp_avg_sq) + slot * memory_.moments.exp_avg_sq_stride;
   }
-  SPARSEADAM_INLINE double decay_since(double log_decay) const { return std::exp(last_.log_decay - log_decay); }
+  SPARSEADAM_INLINE double decay_since(double log_decay) const {
+    return log_decay == last_.log_decay ? 1.0 : std::exp(last_.log_decay - log_decay);
+  }
+
+  // What moments written at one entry have been multiplied by at another; most rows were written when they were last
+  // moved.
+  struct MomentScales {
+    double first, root_of_second;
+  };
+  SPARSEADAM_INLINE MomentScales scales_at(int64_t entry, int64_t written) const {
+    if (entry == written) return {1.0, 1.0};
+    return {std::exp(steps_[entry].log_beta1 - steps_[written].log_beta1),
+            std::exp((steps_[entry].log_beta2 - steps_[written].log_beta2) / 2)};
+  }
 
   SPARSEADAM_INLINE void decay_weights(int64_t begin) const {
     const auto decay = static_cast<Moment>(decay_since(steps_[begin].log_decay));
     for (int64_t i = 0; i < memory_.width; ++i) weights_[i] *= decay;
   }
 
-  SPARSEADAM_INLINE void move_weights(int64_t begin, int64_t slot, double scale1, double root_scale2) const {
+  SPARSEADAM_INLINE void move_weights(int64_t begin, const Moment* exp_avg, const Moment* exp_avg_sq,
+                                      MomentScales scales) const {
     const MissedSums& sums = missed_.at(begin);
-    const Moment* exp_avg = exp_avg_of(slot);
-    const Moment* exp_avg_sq = exp_avg_sq_of(slot);
-    const auto scale = static_cast<Moment>(root_scale2);
-    for (int64_t i = 0; i < memory_.width; ++i) roots_[i] = std::sqrt(exp_avg_sq[i]) * scale;
-
     // What the sums leave out: the decay of the steps after the last one that they take in, and the moment's scale.
-    const double factor = decay_since(sums.log_decay) * scale1;
+    const double factor = decay_since(sums.log_decay) * scales.first;
     const double tolerated = kTolerance<Moment> * sums.powers[0];
-    if (sums.eps == sums.eps && sums.centered_error <= tolerated) {
-      sum_centered(sums, factor);
-    } else if (is_eps_small(sums, tolerated, exp_avg)) {
-      sum_powers(sums, factor);
-    } else {
-      walk(begin, exp_avg, exp_avg_sq, scale1, root_scale2);
-      return;
-    }
     const auto decay = static_cast<Moment>(decay_since(steps_[begin].log_decay));
-    for (int64_t i = 0; i < memory_.width; ++i) weights_[i] = decay * weights_[i] - exp_avg[i] * moves_[i];
-  }
-
-  // moves_ = sum of w / (d * root + eps), about the middle of each block.
-  SPARSEADAM_INLINE void sum_centered(const MissedSums& sums, double factor) const {
-    const auto eps = static_cast<Moment>(sums.eps);
-    for (int64_t i = 0; i < memory_.width; ++i) moves_[i] = 0;
-    for (int block = 0; block < kNumBlocks; ++block) {
-      if (sums.centered[block][0] == 0.0) continue;  // which has no step yet
-      const Terms<Moment> terms(sums.centered[block], factor);
-      const auto center = static_cast<Moment>(sums.center[block]);
-      for (int64_t i = 0; i < memory_.width; ++i) {
-        const Moment x = Moment{1} / (center * roots_[i] + eps);
-        moves_[i] += x * terms.at(Moment{1} - eps * x);
+    const auto scale = static_cast<Moment>(scales.root_of_second);
+    if (sums.eps == sums.eps && sums.centered_error <= tolerated) {
+      const Block first(sums, 0, factor);
+      const Block second(sums, 1, factor);
+      // The second block has no step yet where few were missed.
+      if (sums.centered[1][0] == 0.0) {
+        move_centered<false>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
+      } else {
+        move_centered<true>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
       }
+    } else if (is_eps_small(sums, tolerated, exp_avg, exp_avg_sq, scale)) {
+      move_by_powers(weights_, exp_avg, roots_, memory_.width, decay, static_cast<Moment>(sums.eps),
+                     Terms<Moment>(sums.powers, factor));
+    } else {
+      walk(begin, exp_avg, exp_avg_sq, scales);
     }
   }
 
-  // Whether the powers of eps / root may be cut off, for every element that moves.
-  SPARSEADAM_INLINE bool is_eps_small(const MissedSums& sums, double tolerated, const Moment* exp_avg) const {
+  // The sum about the middle of a block.
+  struct Block {
+    Moment center, eps;
+    Terms<Moment> terms;
+
+    Block(const MissedSums& sums, int block, double factor)
+        : center(static_cast<Moment>(sums.center[block])),
+          eps(static_cast<Moment>(sums.eps)),
+          terms(sums.centered[block], factor) {}
+    SPARSEADAM_INLINE Moment at(Moment root) const {
+      const Moment x = Moment{1} / (center * root + eps);
+      return x * terms.at(Moment{1} - eps * x);
+    }
+  };
+
+  template <bool kHasSecond>
+  static SPARSEADAM_INLINE void move_centered(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+                                              const Moment* __restrict__ exp_avg_sq, int64_t width, Moment decay,
+                                              Moment scale, const Block& first, const Block& second) {
+    for (int64_t i = 0; i < width; ++i) {
+      const Moment root = std::sqrt(exp_avg_sq[i]) * scale;
+      Moment move = first.at(root);
+      if constexpr (kHasSecond) move += second.at(root);
+      weights[i] = decay * weights[i] - exp_avg[i] * move;
+    }
+  }
+
+  // The same sum, in powers of eps / root.
+  static SPARSEADAM_INLINE void move_by_powers(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+                                               const Moment* __restrict__ roots, int64_t width, Moment decay,
+                                               Moment eps, const Terms<Moment>& terms) {
+    for (int64_t i = 0; i < width; ++i) {
+      const Moment x = Moment{1} / roots[i];
+      weights[i] = decay * weights[i] - exp_avg[i] * (x * terms.at(eps * x));
+    }
+  }
+
+  // Whether the powers of eps / root may be cut off, for every element that moves; leaves the roots behind.
+  SPARSEADAM_INLINE bool is_eps_small(const MissedSums& sums, double tolerated, const Moment* __restrict__ exp_avg,
+                                      const Moment* __restrict__ exp_avg_sq, Moment scale) const {
     const double smallest = sums.eps * std::pow(sums.powers[kNumTerms] / tolerated, 1.0 / kNumTerms);
     if (!(smallest < static_cast<double>(std::numeric_limits<Moment>::max()))) return false;
     const auto least = static_cast<Moment>(smallest);
+    Moment* __restrict__ roots = roots_;
     int64_t num_small = 0;
-    for (int64_t i = 0; i < memory_.width; ++i) num_small += !(roots_[i] >= least) & (exp_avg[i] != Moment{0}) ? 1 : 0;
-    if (num_small > 0) return false;
-    // Elements that do not move need a root that can be divided by.
-    for (int64_t i = 0; i < memory_.width; ++i) roots_[i] = roots_[i] >= least ? roots_[i] : Moment{1};
-    return true;
-  }
-
-  // moves_ = the same sum, in powers of eps / root.
-  SPARSEADAM_INLINE void sum_powers(const MissedSums& sums, double factor) const {
-    const auto eps = static_cast<Moment>(sums.eps);
-    const Terms<Moment> terms(sums.powers, factor);
     for (int64_t i = 0; i < memory_.width; ++i) {
-      const Moment x = Moment{1} / roots_[i];
-      moves_[i] = x * terms.at(eps * x);
+      const Moment root = std::sqrt(exp_avg_sq[i]) * scale;
+      num_small += !(root >= least) & (exp_avg[i] != Moment{0}) ? 1 : 0;
+      roots[i] = root >= least ? root : Moment{1};  // elements that do not move need one that can be divided by
     }
+    return num_small == 0;
   }
 
   // Step by step, as dense Adam would have moved the row.
-  SPARSEADAM_INLINE void walk(int64_t begin, const Moment* exp_avg, const Moment* exp_avg_sq, double scale1,
-                              double root_scale2) const {
-    const auto first = static_cast<Moment>(scale1);
-    const auto second = static_cast<Moment>(root_scale2 * root_scale2);
+  SPARSEADAM_INLINE void walk(int64_t begin, const Moment* exp_avg, const Moment* exp_avg_sq,
+                              MomentScales scales) const {
+    const auto first = static_cast<Moment>(scales.first);
+    const auto second = static_cast<Moment>(scales.root_of_second * scales.root_of_second);
     for (int64_t i = 0; i < memory_.width; ++i) {
       exp_avg_[i] = exp_avg[i] * first;
       exp_avg_sq_[i] = exp_avg_sq[i] * second;
     }
-    double left = scale1 / root_scale2;
+    double left = scales.first / scales.root_of_second;
     int64_t entry = begin;
     while (entry < memory_.history.num_steps && left >= kNegligible) {
       const double decayed_to = steps_[entry].log_decay;
@@ -170,13 +198,19 @@ class Replay {
       left *= step.beta1 / std::sqrt(step.beta2);
       const Scalars<Moment> scalars({step.beta1, 0.0, step.beta2, 0.0, step.step_size, step.root_scale, step.eps,
                                      std::exp(step.log_decay - decayed_to), 0.0, 0.0, 0.0, 0.0, 0.0});
-      for (int64_t i = 0; i < memory_.width; ++i) {
-        exp_avg_[i] = next_exp_avg(exp_avg_[i], Moment{0}, scalars);
-        exp_avg_sq_[i] = next_exp_avg_sq(exp_avg_sq_[i], Moment{0}, scalars);
-        weights_[i] = next_weight(weights_[i], exp_avg_[i], denominator(exp_avg_sq_[i], scalars), scalars);
-      }
+      walk_step(weights_, exp_avg_, exp_avg_sq_, memory_.width, scalars);
     }
     decay_weights(entry);
+  }
+
+  static SPARSEADAM_INLINE void walk_step(Moment* __restrict__ weights, Moment* __restrict__ exp_avg,
+                                          Moment* __restrict__ exp_avg_sq, int64_t width,
+                                          const Scalars<Moment>& scalars) {
+    for (int64_t i = 0; i < width; ++i) {
+      exp_avg[i] = next_exp_avg(exp_avg[i], Moment{0}, scalars);
+      exp_avg_sq[i] = next_exp_avg_sq(exp_avg_sq[i], Moment{0}, scalars);
+      weights[i] = next_weight(weights[i], exp_avg[i], denominator(exp_avg_sq[i], scalars), scalars);
+    }
   }
 
   SPARSEADAM_INLINE void store(Element* table, int64_t row) const {
@@ -196,11 +230,10 @@ class Replay {
   const StepNumbers* steps_;
   const StepNumbers& last_;
   // Of the row that is being moved.
-  Moment* __restrict__ weights_;
-  Moment* __restrict__ roots_;
-  Moment* __restrict__ moves_;
-  Moment* __restrict__ exp_avg_;
-  Moment* __restrict__ exp_avg_sq_;
+  Moment* weights_;
+  Moment* roots_;
+  Moment* exp_avg_;
+  Moment* exp_avg_sq_;
 };
 
 template <class Rows>

@@ -24,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace sparseadam {
@@ -72,6 +73,9 @@ class MissedSteps {
 
   // Of rows last up to date at entry `s` of the history.
   const MissedSums& at(int64_t s) const { return sums_[static_cast<size_t>(s)]; }
+
+  // What moments that were written at an entry have been multiplied by since: the products of the betas.
+  std::pair<double, double> moment_factors(const History& history, int64_t written) const;
 
  private:
   std::vector<MissedSums> sums_;

@@ -115,15 +115,15 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           stream};
 }
 
-// (address, base, number of steps) of a history; an address of 0 where missed steps are not replayed
-using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+// (address, base, number of steps, what they add up to) of a history; 0 and None where missed steps are not replayed
+using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t, MissedSteps*>;
 // (table, address of indices, address of values, number of lookups, scalars, counters, history)
 using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, ScalarArray, Counters, HistoryTuple>;
 // (table, (dimension, index) if an index is out of range, rows that are refused, whether because they are behind)
 using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>>, std::vector<int64_t>, bool>;
 
 History make_history(const HistoryTuple& tuple) {
-  const auto& [steps, base, num_steps] = tuple;
+  const auto& [steps, base, num_steps, missed] = tuple;
   return {at_address<const StepNumbers>(steps), base, num_steps};
 }
 
@@ -133,7 +133,9 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
   tables.reserve(tuples.size());
   for (const auto& [table, indices, values, num_lookups, scalars, counters, history] : tuples) {
     tables.push_back(make_table_step(*table, at_address<const int64_t>(indices), at_address<const void>(values),
-                                     num_lookups, scalars, counters, make_history(history)));
+                                     num_lookups, scalars, counters));
+    tables.back().history = make_history(history);
+    tables.back().missed = std::get<MissedSteps*>(history);
   }
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
   Fault fault;
@@ -151,14 +153,14 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
 }
 
 std::optional<int64_t> run_catch_up(const Table& table, uintptr_t rows, int64_t num_rows_read, int64_t num_slots,
-                                    const HistoryTuple& history, MissedSteps& missed, uint64_t seed,
-                                    const std::string& instruction_set, int num_threads) {
+                                    const HistoryTuple& history, uint64_t seed, const std::string& instruction_set,
+                                    int num_threads) {
   RowsRead read{&table, at_address<const int64_t>(rows), num_rows_read, make_history(history), seed, num_slots};
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
   BadIndex bad;
   {
     const nb::gil_scoped_release release;
-    bad = catch_up(read, missed, chosen, num_threads);
+    bad = catch_up(read, *std::get<MissedSteps*>(history), chosen, num_threads);
   }
   if (bad.lookup >= 0) return std::nullopt;
   return read.num_slots;
@@ -210,13 +212,12 @@ NB_MODULE(_native, m) {
   m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
         "Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or\n"
         "none. Returns None, or why not: (table, (dimension, index) or None, rows that are refused, whether because\n"
-        "they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps), the\n"
-        "address 0 where missed steps are not replayed.");
+        "they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps,\n"
+        "what they add up to), (0, 0, 0, None) where missed steps are not replayed.");
   nb::class_<MissedSteps>(m, "MissedSteps", "What the steps of one history add up to, taken in as catch_up needs it.")
       .def(nb::init<>());
   m.def("catch_up", &run_catch_up, nb::kw_only(), nb::arg("table"), nb::arg("rows"), nb::arg("num_rows_read"),
-        nb::arg("num_slots"), nb::arg("history"), nb::arg("missed"), nb::arg("seed"), nb::arg("instruction_set"),
-        nb::arg("num_threads"),
+        nb::arg("num_slots"), nb::arg("history"), nb::arg("seed"), nb::arg("instruction_set"), nb::arg("num_threads"),
         "Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the\n"
         "table.");
   nb::class_<Coalescing>(m, "Coalescing", "The rows of a gradient's lookups, sorted, which are not kept alive.")

@@ -17,11 +17,11 @@ namespace {
 SPARSEADAM_INLINE void count_in_missed_steps(const TableMemory& memory, int64_t slot, StepScalars& scalars) {
   const History& history = memory.history;
   const int64_t clock = slot * memory.moments.clock_stride;
-  const StepNumbers& last = history.steps[history.num_steps];
-  const StepNumbers& written = history.steps[history.entry_of(memory.moments.moment_steps[clock])];
-  if (&written != &last) {
-    scalars.beta1 *= std::exp(last.log_beta1 - written.log_beta1);
-    scalars.beta2 *= std::exp(last.log_beta2 - written.log_beta2);
+  const int64_t written = history.entry_of(memory.moments.moment_steps[clock]);
+  if (written != history.num_steps) {
+    const auto [first, second] = memory.missed->moment_factors(history, written);
+    scalars.beta1 *= first;
+    scalars.beta2 *= second;
   }
   memory.moments.moment_steps[clock] = static_cast<int32_t>(history.step() + 1);
   memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step() + 1);
@@ -46,6 +46,7 @@ class PlainRows {
     const auto num_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
     prefetch(exp_avg_ + slot * memory_.moments.exp_avg_stride, num_bytes);
     prefetch(exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride, num_bytes);
+    if constexpr (kReplays) prefetch(memory_.moments.moment_steps + slot * memory_.moments.clock_stride, 1);
   }
 
   template <class Gradient>
@@ -119,6 +120,7 @@ class AnyRows {
     }
     if (moments_.row_steps != nullptr) prefetch(moments_.row_steps + slot, 1);
     if (moments_.paid_log_decay != nullptr) prefetch(moments_.paid_log_decay + slot, 1);
+    if (moments_.moment_steps != nullptr) prefetch(moments_.moment_steps + slot * moments_.clock_stride, 1);
   }
 
   template <class Gradient>

@@ -100,9 +100,10 @@ struct TableMemory {
   bool stochastic_rounding;  // of the table
   const void* values;        // [num_lookups, width]
   int64_t width;
-  uint64_t random_key;  // of the table's step
-  double log_decay;     // what a row owes that has paid nothing, this step included
-  History history;      // where missed steps are replayed
+  uint64_t random_key;                  // of the table's step
+  double log_decay;                     // what a row owes that has paid nothing, this step included
+  History history;                      // where missed steps are replayed
+  const MissedSteps* missed = nullptr;  // what they add up to, all of them
 };
 
 // Rows to update: row r of the run has the lookups sorted[begins[r]] .. sorted[ends[r] - 1] and the moments at

@@ -78,7 +78,7 @@ bool is_same_dtype(nb::dlpack::dtype a, nb::dlpack::dtype b) {
 }  // namespace
 
 TableStep make_table_step(const Table& table, const int64_t* indices, const void* values, int64_t num_lookups,
-                          const ScalarArray& s, const Counters& counters, const History& history) {
+                          const ScalarArray& s, const Counters& counters) {
   const StepScalars scalars{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
   return {&table,
           indices,
@@ -88,8 +88,7 @@ TableStep make_table_step(const Table& table, const int64_t* indices, const void
           static_cast<NonFinite>(static_cast<int>(s[13])),
           *counter_at(counters, kNumSlots),
           *counter_at(counters, kNumSkipped),
-          *log_decay_at(counters),
-          history};
+          *log_decay_at(counters)};
 }
 
 void advance(const Counters& counters, const TableStep& done) {
@@ -249,7 +248,7 @@ bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb
       std::equal(look.shape.begin() + static_cast<int64_t>(sparse_dim), look.shape.end(), value.shape + 1);
   if (!fits || !Partitioning::fits(parameter.table->num_rows, index.shape[1])) return false;
   reading.steps.push_back(make_table_step(*parameter.table, static_cast<const int64_t*>(memory_of(index)),
-                                          memory_of(value), index.shape[1], scalars, parameter.counters, {}));
+                                          memory_of(value), index.shape[1], scalars, parameter.counters));
   return true;
 }
 

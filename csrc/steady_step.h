@@ -31,7 +31,7 @@ using ScalarArray = std::array<double, 14>;
 using Counters = std::pair<uintptr_t, uintptr_t>;
 
 TableStep make_table_step(const Table& table, const int64_t* indices, const void* values, int64_t num_lookups,
-                          const ScalarArray& scalars, const Counters& counters, const History& history);
+                          const ScalarArray& scalars, const Counters& counters);
 // After a step.
 void advance(const Counters& counters, const TableStep& done);
 

@@ -25,15 +25,16 @@ struct ThreadScratch {
 };
 
 // What one table needs during a step. `begins` and `ends` delimit the rows of each partition in the sorted lookups;
-// once a partition is walked, its part of both holds the new rows that wait for their slots. Sorted lookups are
-// kept where rows are looked at before the walk.
+// once a partition is walked, its part of both holds the new rows that wait for their slots. Where rows are looked at
+// before the walk, they are kept with their slots: to find those again would take a cache line a row.
 struct TableScratch {
   Partitioning lookups;
   uint32_t* begins;
   uint32_t* ends;
   int64_t* num_new_rows;  // per partition; then the first slot of its new rows
   int64_t* num_skipped;   // per partition
-  bool is_sorted;
+  int64_t* num_rows;      // per partition, and the slots of its rows, once they are looked at; else nullptr
+  int64_t* slots;
 };
 
 struct Task {
@@ -55,9 +56,9 @@ TableMemory memory_of(const TableStep& step) {
   const Table& table = *step.table;
   const uint64_t key =
       step_key(static_cast<uint64_t>(step.scalars.seed), table.stream, static_cast<uint64_t>(step.scalars.step));
-  return {table.table, table.table_stride, table.moments, table.stochastic_rounding,
-          step.values, table.width,        key,           step.log_decay + step.scalars.log_decay,
-          step.history};
+  return {table.table,  table.table_stride, table.moments, table.stochastic_rounding,
+          step.values,  table.width,        key,           step.log_decay + step.scalars.log_decay,
+          step.history, step.missed};
 }
 
 // Takes rows whose gradient is not finite out of a run; returns how many.
@@ -78,12 +79,18 @@ int64_t drop_nonfinite_rows(const TableStep& step, const RowRun& run, uint32_t* 
 // Sorts a partition, updates its rows that have a slot and sets the new ones aside.
 void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                     ThreadScratch& thread) {
-  if (!scratch.is_sorted) scratch.lookups.sort_partition(partition, thread.entries.data());
-  uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
-  uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
-  int64_t* slots = thread.slots.data();
-  RowRun run{&scratch.lookups, begins, ends, slots,
-             find_slots(*step.table, scratch.lookups, partition, begins, ends, slots)};
+  const int64_t at = scratch.lookups.partition_begin(partition);
+  uint32_t* begins = scratch.begins + at;
+  uint32_t* ends = scratch.ends + at;
+  const bool was_looked_at = scratch.slots != nullptr;
+  int64_t* slots = was_looked_at ? scratch.slots + at : thread.slots.data();
+  RowRun run{&scratch.lookups, begins, ends, slots, 0};
+  if (was_looked_at) {
+    run.num_rows = scratch.num_rows[partition];
+  } else {
+    scratch.lookups.sort_partition(partition, thread.entries.data());
+    run.num_rows = find_slots(*step.table, scratch.lookups, partition, begins, ends, slots);
+  }
   scratch.num_skipped[partition] = 0;
   if (step.nonfinite == NonFinite::kSkip) {
     scratch.num_skipped[partition] =
@@ -109,11 +116,13 @@ struct Refused {
 
 Refused find_refused_rows(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                           ThreadScratch& thread) {
-  const Partitioning& lookups = scratch.lookups;
+  Partitioning& lookups = scratch.lookups;
+  lookups.sort_partition(partition, thread.entries.data());
   uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
   uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
-  int64_t* slots = thread.slots.data();
+  int64_t* slots = scratch.slots + lookups.partition_begin(partition);
   const int64_t num_rows = find_slots(*step.table, lookups, partition, begins, ends, slots);
+  scratch.num_rows[partition] = num_rows;
   const auto name = [&](std::vector<int64_t>& found, int64_t r) {
     if (found.size() < kRowsNamed) found.push_back(lookups.row_of(lookups.sorted()[begins[r]]));
   };
@@ -176,6 +185,11 @@ int choose_num_threads(const std::vector<TableStep>& tables, int num_threads) {
   return threads_for(num_bytes, num_threads);
 }
 
+// Whether rows of a table may be refused, so that all are looked at before any is written.
+bool is_looked_at(const TableStep& step) {
+  return step.nonfinite == NonFinite::kRefuse || step.history.steps != nullptr;
+}
+
 // Plans all tables and lists their chunks and partitions. All memory of the step's first half is reserved here.
 void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& workspace) {
   workspace.arena.reset();
@@ -195,7 +209,12 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
     scratch.ends = workspace.arena.take<uint32_t>(step.num_lookups);
     scratch.num_new_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
     scratch.num_skipped = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
-    scratch.is_sorted = false;
+    scratch.num_rows = nullptr;
+    scratch.slots = nullptr;
+    if (is_looked_at(step)) {
+      scratch.num_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
+      scratch.slots = workspace.arena.take<int64_t>(step.num_lookups);
+    }
     const auto table_index = static_cast<int64_t>(t);
     for (int64_t c = 0; c < scratch.lookups.num_chunks(); ++c) workspace.chunks.push_back({table_index, c});
     for (int64_t p = 0; p < scratch.lookups.num_partitions(); ++p) workspace.partitions.push_back({table_index, p});
@@ -235,10 +254,6 @@ void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace)
   }
 }
 
-bool is_looked_at(const TableStep& step) {
-  return step.nonfinite == NonFinite::kRefuse || step.history.steps != nullptr;
-}
-
 // Looks at the rows of tables that may refuse some, before anything is written. The fault is that of the first such
 // table; where rows of it are behind, their gradients do not matter.
 Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKernels>& kernels, Workspace& workspace,
@@ -252,7 +267,6 @@ Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKe
     const Task& task = tasks[static_cast<size_t>(index)];
     const auto t = static_cast<size_t>(task.table);
     ThreadScratch& scratch = workspace.threads[static_cast<size_t>(thread)];
-    workspace.tables[t].lookups.sort_partition(task.part, scratch.entries.data());
     found[static_cast<size_t>(index)] =
         find_refused_rows(tables[t], workspace.tables[t], task.part, kernels[t], scratch);
   };
@@ -265,7 +279,6 @@ Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKe
     }
   };
   for (size_t i = 0; i < tasks.size(); ++i) {
-    workspace.tables[static_cast<size_t>(tasks[i].table)].is_sorted = true;
     const bool is_refused = !found[i].behind.empty() || !found[i].nonfinite.empty();
     if (!is_refused || (fault.table >= 0 && fault.table != tasks[i].table)) continue;
     fault.table = tasks[i].table;
@@ -339,6 +352,9 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instr
 }  // namespace
 
 Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
+  for (TableStep& table : tables) {
+    if (table.missed != nullptr) table.missed->advance(table.history);
+  }
   Borrowed<Workspace> borrowed;
   const int num_threads = choose_num_threads(tables, max_threads);
   plan(tables, num_threads, *borrowed);

@@ -141,15 +141,12 @@ def catch_up(read: RowsRead) -> None:
     assert history is not None, "only where missed steps are replayed"
     if history.log_decay != 0.0:  # rows without a slot may get one
         moments.grow(moments.num_slots + len(read.rows))
-    if history.native_sums is None:
-        history.native_sums = _module().MissedSteps()
     num_slots = _module().catch_up(
         table=_make_handle(read),
         rows=read.rows.data_ptr(),
         num_rows_read=len(read.rows),
         num_slots=moments.num_slots,
         history=_history_tuple(moments),
-        missed=history.native_sums,
         seed=read.seed,
         instruction_set=instruction_set(),
         num_threads=torch.get_num_threads(),
@@ -159,9 +156,13 @@ def catch_up(read: RowsRead) -> None:
     moments.num_slots = num_slots
 
 
-def _history_tuple(moments: Moments) -> tuple[int, int, int]:
+def _history_tuple(moments: Moments) -> tuple[int, int, int, object]:
     history = moments.history
-    return (0, 0, 0) if history is None else (history.address, history.base, history.num_steps)
+    if history is None:
+        return 0, 0, 0, None
+    if history.native_sums is None:
+        history.native_sums = _module().MissedSteps()
+    return history.address, history.base, history.num_steps, history.native_sums
 
 
 def coalesce_rows(
