@@ -32,17 +32,12 @@ TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-11}
 # Models -------------------------------------------------------------------------------------------
 
 
-class MaxBag(nn.Module):
+class MaxBag(nn.Embedding):
     """What nn.EmbeddingBag(mode="max") is, which has no sparse gradients."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype) -> None:
-        """Make the table."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, dtype=dtype))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the largest of each bag."""
-        rows = nn.functional.embedding(ids, self.weight, sparse=True)
+        rows = super().forward(ids)
         return rows.max(1).values if len(ids) > 0 else rows.sum(1)
 
 
@@ -52,7 +47,11 @@ class Model(nn.Module):
     def __init__(self, is_sharded: bool, dtype: torch.dtype, **options: Any) -> None:
         """Make the tables; those of a whole model are filled later."""
         super().__init__()
-        embedding, bag, max_bag = partial(nn.Embedding, sparse=True), partial(nn.EmbeddingBag, sparse=True), MaxBag
+        embedding, bag, max_bag = (
+            partial(nn.Embedding, sparse=True),
+            partial(nn.EmbeddingBag, sparse=True),
+            partial(MaxBag, sparse=True),
+        )
         if is_sharded:
             embedding, bag = partial(ShardedEmbedding, **options), partial(ShardedEmbeddingBag, **options)
             max_bag = partial(bag, mode="max")
@@ -148,12 +147,15 @@ ALL_OPTIONS = {
     "bias_correction": "row",
     "second_moment": "row",
 }
+FOR_DENSE = {"bias_correction": "table", "second_moment": "element", "missed_steps": "skip"}
 RUNS = {
     "linear": Run(),
     "linear, options": Run(options=ALL_OPTIONS),
+    "linear, replay": Run(options={"missed_steps": "replay", "weight_decay": 0.05}),
     "linear, bfloat16": Run(dtype=torch.bfloat16),
     "linear, float16": Run(dtype=torch.float16),
     "tanh": Run(loss="tanh"),
+    "tanh, replay": Run(loss="tanh", options={"missed_steps": "replay"}),
     "tanh, float64": Run(loss="tanh", dtype=torch.float64),
 }
 
@@ -162,9 +164,11 @@ def build(run: Run, is_sharded: bool, **options: Any) -> tuple[Model, SparseAdam
     model = Model(is_sharded, run.dtype, **options)
     groups = [
         {"params": [table.weight for table in model.tables.values()]},
-        {"params": [model.scale], "dense_gradients": "adam", "bias_correction": "table", "second_moment": "element"},
+        {"params": [model.scale], "dense_gradients": "adam", **FOR_DENSE},
     ]
-    return model, SparseAdam(groups, lr=0.1, **run.options)
+    optimizer = SparseAdam(groups, lr=0.1, **run.options)
+    optimizer.attach(model)
+    return model, optimizer
 
 
 def take_step(model: Model, optimizer: SparseAdam, examples: Sequence[dict[str, Any]], loss: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _validate
 from ..moments import moment_dtype
+from ..reading import ReadCallback
 from .exchange import DistinctRows, Exchange, Traffic
 
 # Rows that are drawn from one seed, wherever the bounds of shards lie.
 _BLOCK = 1024
-
-ReadHook = Callable[[nn.Parameter, Tensor], None]
 
 
 class _Fetched(NamedTuple):
@@ -71,7 +70,7 @@ class ShardedTable(nn.Module):
             "dtype": _validate.TABLE_DTYPES.index(shard.dtype),
         }
         self._exchange = Exchange(process_group, facts, max(rows_per_rank, 1), shard.device)
-        self._read_hooks: OrderedDict[int, ReadHook] = OrderedDict()
+        self._read_hooks: OrderedDict[int, ReadCallback] = OrderedDict()
         self.reset_parameters()
 
     @property
@@ -103,7 +102,7 @@ class ShardedTable(nn.Module):
         if self.padding_idx is not None and self.row_start <= self.padding_idx < self.row_end:
             self.weight[self.padding_idx - self.row_start] = 0
 
-    def register_read_hook(self, callback: ReadHook) -> RemovableHandle:
+    def register_read_hook(self, callback: ReadCallback) -> RemovableHandle:
         """Have a function called on the owner of rows before they are read.
 
         It gets the local table, and the rows of it that are about to be read, int64 ``[num_asked]``, in which rows may
