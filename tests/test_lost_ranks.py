@@ -177,7 +177,8 @@ def test_torchrun_goes_on_from_the_checkpoint_to_the_same_end(tmp_path: Path) ->
         folder = tmp_path / name
         folder.mkdir()
         (folder / "train.py").write_text(program, encoding="utf-8")
-        torchrun(["--nproc-per-node", "2", "--max-restarts", "1", "train.py"], folder, DIES_IN_ROUND=dies_in_round)
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DIES_IN_ROUND": dies_in_round}  # as the page says
+        torchrun(["--nproc-per-node", "2", "--max-restarts", "1", "train.py"], folder, **environment)
         ends[name] = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
     for undisturbed, disturbed in zip(*ends.values(), strict=True):
         assert (undisturbed["resumed from"], disturbed["resumed from"]) == (None, 10)
