@@ -16,7 +16,7 @@ class Factors(nn.Module):
     r"""Two sharded tables; customer :math:`c` buys item :math:`i` the more likely the larger :math:`u_c \cdot v_i` is.
 
     The loss of a pair is that of a softmax over its item and the batch's negatives. These are drawn as often as they
-    are bought, and all scores are lowered by the logarithm of that frequency, so that the softmax is one over all items.
+    are bought, and scores are lowered by the logarithm of that frequency, so that the softmax is one over all items.
     """
 
     def __init__(self, purchases: Purchases, dim: int) -> None:
