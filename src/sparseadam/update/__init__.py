@@ -17,7 +17,7 @@ from .. import _validate
 from . import native, reference
 from ._types import RowUpdate, StepScalars, step_scalars
 from .native import SteadyStep, report_writes
-from .reference import pay_decay
+from .reference import check_range, pay_decay, touched_rows
 
 __all__ = [
     "BACKENDS",
@@ -27,11 +27,13 @@ __all__ = [
     "StepScalars",
     "backends",
     "check_backend",
+    "check_range",
     "coalesce_rows",
     "list_tables",
     "pay_decay",
     "report_writes",
     "step_scalars",
+    "touched_rows",
     "update_rows",
 ]
 

@@ -30,7 +30,7 @@ def check_rows(updates: Sequence[RowUpdate]) -> None:
         RuntimeError: naming the first rows of a table whose summed gradient is not finite.
     """
     for update in updates:
-        _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
+        check_range(update)
     for update in updates:
         if update.scalars.nonfinite == NONFINITE["error"] and update.num_lookups > 0:
             rows, grad = _summed(update)
@@ -47,15 +47,35 @@ def coalesce_rows(
     Returns:
         The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
     """
-    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
-    for size, index in zip(sparse_shape, indices, strict=True):
-        rows = rows * size + index
+    rows = _row_numbers(indices, sparse_shape)
     # Tensor.coalesce() would do, but it takes a gradient's word for being coalesced and sums in an order of its own.
     rows, order = torch.sort(rows, stable=True)
     touched, counts = torch.unique_consecutive(rows, return_counts=True)
     lookups_by_row = values[order].to(dtype).reshape(len(rows), -1)
     grad = torch.segment_reduce(lookups_by_row, "sum", lengths=counts, axis=0)
     return touched, grad.reshape(len(touched), *values.shape[1:])
+
+
+def touched_rows(update: RowUpdate) -> Tensor:
+    """Return the rows that an update names, ascending, int64 ``[num_touched]``; their range has been checked."""
+    rows: Tensor = torch.unique(_row_numbers(update.indices, update.table.shape[: update.moments.sparse_dim]))
+    return rows
+
+
+def _row_numbers(indices: Tensor, sparse_shape: Sequence[int]) -> Tensor:
+    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
+    for size, index in zip(sparse_shape, indices, strict=True):
+        rows = rows * size + index
+    return rows
+
+
+def check_range(update: RowUpdate) -> None:
+    """Refuse an index outside its table.
+
+    Raises:
+        IndexError: naming the first one.
+    """
+    _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
 
 
 def _summed(update: RowUpdate) -> tuple[Tensor, Tensor]:
