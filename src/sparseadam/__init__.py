@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from .clip import clip_grad_norm_, clip_grad_value_, coalesce_grads_
-from .memory_mapped import initialize_on_read, initialize_rows, memory_mapped
+from .mapped_table import initialize_on_read, initialize_rows, memory_mapped
 from .optimizer import SparseAdam
 from .update import Backend, backends
 

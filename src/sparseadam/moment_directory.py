@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _validate, memory_mapped
+from . import _validate, mapped_table
 from ._mapped_file import Bits, MappedFile, check_platform, locked
 from ._memory import Part, ReservedMemory, SlotArray, index_dtype
 from ._validate import SEED, Place
-from .memory_mapped import MappedTable
+from .mapped_table import MappedTable
 from .moments import Moments, StateLayout, moment_dtype
 from .undo_log import (
     COMMIT_FILE,
@@ -107,8 +107,9 @@ class FileMemory(ReservedMemory):
         num_bytes = max(num_bytes, 1)  # an empty file cannot be mapped
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if num_kept == 0 else 0), 0o666)
         try:
-            if num_kept > 0 and os.fstat(fd).st_size != num_bytes:
-                found = os.fstat(fd).st_size
+            found = os.fstat(fd).st_size
+            # It is between the two sizes where this was interrupted below, once.
+            if num_kept > 0 and not num_kept <= found <= num_bytes:
                 raise _validate.damaged_error(path, f"{found} bytes in place of {num_bytes}")
             with naming(path):
                 os.ftruncate(fd, num_kept)
@@ -394,13 +395,13 @@ class MomentDirectory:
         for write in writes:
             self._make_room(write)
         for write in writes:
-            mapped = memory_mapped.find(write.table)
+            mapped = mapped_table.find(write.table)
             if mapped is not None:
                 self._log_rows(self._tables[mapped.id], write.rows)
             self._log_slots(write.moments, _slots_of(write.moments, write.rows))
 
     def _make_room(self, write: Write) -> None:
-        mapped = memory_mapped.find(write.table)
+        mapped = mapped_table.find(write.table)
         if mapped is not None:
             self._listed(mapped)
             mapped.before_writing(write.rows)
@@ -464,7 +465,7 @@ class MomentDirectory:
         return isinstance(memory, FileMemory) and os.path.dirname(memory.directory) == self.path
 
     def _mapped(self, each: Kept) -> MappedTable | None:
-        mapped = memory_mapped.find(each.parameter)
+        mapped = mapped_table.find(each.parameter)
         if mapped is not None and not mapped.is_whole(each.parameter):
             raise _validate.partial_table_error(each.place, mapped.path)
         return mapped
@@ -536,7 +537,7 @@ class MomentDirectory:
         """Save what is kept in memory."""
         values: dict[str, dict[int, Any]] = {"parameters": {}, "states": {}}
         for index, each in enumerate(kept):
-            if memory_mapped.find(each.parameter) is None:
+            if mapped_table.find(each.parameter) is None:
                 value = each.parameter.detach()
                 is_part = value.numel() * value.itemsize < value.untyped_storage().nbytes()
                 values["parameters"][index] = value.clone() if is_part else value
@@ -565,7 +566,7 @@ class MomentDirectory:
         }
 
     def _describe_parameter(self, each: Kept) -> dict[str, Any]:
-        mapped = memory_mapped.find(each.parameter)
+        mapped = mapped_table.find(each.parameter)
         table = None
         if mapped is not None:
             listed = self._listed(mapped)

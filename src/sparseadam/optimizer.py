@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _validate, checkpoint, dense, memory_mapped, update
+from . import _validate, checkpoint, dense, mapped_table, update
 from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
@@ -259,7 +259,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _check_mapped(self, groups: Sequence[Mapping[str, Any]], *, has_directory: bool) -> None:
         """Refuse a memory-mapped table whose moments are in a directory that this optimizer does not have."""
-        mapped_tables = [memory_mapped.find(table) for group in groups for table in group["params"]]
+        mapped_tables = [mapped_table.find(table) for group in groups for table in group["params"]]
         for mapped in mapped_tables:
             if mapped is not None and not has_directory and mapped.pairing is not None:
                 raise _validate.unpaired_optimizer_error(mapped.path, mapped.pairing["path"])
@@ -384,7 +384,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _before_steps(self, updates: Sequence[RowUpdate]) -> None:
         """See to files before the first row is written, having checked row numbers, which come first in errors too."""
         in_files = [
-            each for each in updates if self._directory is not None or memory_mapped.find(each.table) is not None
+            each for each in updates if self._directory is not None or mapped_table.find(each.table) is not None
         ]
         for each in in_files:
             update.check_range(each)
@@ -404,7 +404,7 @@ class SparseAdam(torch.optim.Optimizer):
             self._directory.before_writing(writes)
             return
         for write in writes:
-            mapped = memory_mapped.find(write.table)
+            mapped = mapped_table.find(write.table)
             if mapped is not None:
                 mapped.before_writing(write.rows)
 
@@ -430,7 +430,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _has_files(self) -> bool:
         """Whether steps must see to files before they write."""
         tables = (table for group in self.param_groups for table in group["params"])
-        return self._directory is not None or any(memory_mapped.find(table) is not None for table in tables)
+        return self._directory is not None or any(mapped_table.find(table) is not None for table in tables)
 
     def _gather_updates(self, options: list[GroupOptions]) -> tuple[list[RowUpdate], list[DenseUpdate]]:
         """Collect the parameters that have a gradient, having checked all but row numbers; changes nothing."""
@@ -458,7 +458,7 @@ class SparseAdam(torch.optim.Optimizer):
         return updates, dense_updates
 
     def _check_dense(self, parameter: Tensor, grad: Tensor, place: Place, options: GroupOptions) -> DenseUpdate:
-        mapped = memory_mapped.find(parameter)
+        mapped = mapped_table.find(parameter)
         if mapped is not None:
             raise _validate.mapped_dense_error(place, mapped.path)
         state = self.state.get(parameter)
