@@ -22,6 +22,9 @@ from torch import Tensor
 from . import _validate
 from ._memory import MAP_NORESERVE, ReservedArray
 
+# Pages that had to be waited for after which reading ahead is tried again.
+_FAULTS_WAITED_FOR = 16
+
 _READ_ONE_PAGE = getattr(mmap, "MADV_RANDOM", None)
 
 
@@ -34,6 +37,7 @@ class MappedFile(mmap.mmap):
     path: str
     fd: int
     _is_allocated: Tensor
+    _faults_seen: int | None
 
     def __new__(cls, path: str, fd: int, num_bytes: int) -> MappedFile:
         """Map an open file.
@@ -53,6 +57,7 @@ class MappedFile(mmap.mmap):
         if _READ_ONE_PAGE is not None:  # the rows of a batch are scattered: pages around them are read for nothing
             self.madvise(_READ_ONE_PAGE)
         # A byte for each page. What was allocated before the file was opened is allocated again, which changes nothing.
+        self._faults_seen = 0
         num_pages = -(-num_bytes // mmap.PAGESIZE)
         self._is_allocated = ReservedArray(num_pages, torch.uint8).first((num_pages,))
         return self
@@ -64,6 +69,33 @@ class MappedFile(mmap.mmap):
             return torch.empty(tuple(shape), dtype=dtype)
         return torch.frombuffer(self, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
+    def prefetch(self, begins: Tensor, num_bytes: int) -> None:
+        """Have the system read the pages of records that are about to be looked at, many at a time.
+
+        One after the other, as they are looked at, takes several times as long. Where everything is in memory it is for
+        nothing, so it is left out after a call that read nothing, until pages had to be waited for again.
+
+        Args:
+            begins: where each record begins, int64 ``[num_records]``, in any order and with repeats.
+            num_bytes: of each record.
+        """
+        import resource  # where there is none, check_platform has refused before
+
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        if self._faults_seen is not None and before.ru_majflt < self._faults_seen + _FAULTS_WAITED_FOR:
+            return
+        for begin, end in _runs(torch.unique(self._pages(begins, num_bytes))):
+            size = (end - begin) * mmap.PAGESIZE
+            os.posix_fadvise(self.fd, begin * mmap.PAGESIZE, size, os.POSIX_FADV_WILLNEED)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        self._faults_seen = after.ru_majflt if after.ru_inblock == before.ru_inblock else None
+
+    def _pages(self, begins: Tensor, num_bytes: int) -> Tensor:
+        """Return the pages that records are on, with repeats."""
+        first, last = begins // mmap.PAGESIZE, (begins + (num_bytes - 1)) // mmap.PAGESIZE
+        most = (num_bytes + mmap.PAGESIZE - 2) // mmap.PAGESIZE + 1
+        return torch.minimum(first[:, None] + torch.arange(most), last[:, None]).flatten()
+
     def allocate(self, begins: Tensor, num_bytes: int) -> None:
         """Have the disk keep room for records, so that storing to them cannot fail.
 
@@ -74,9 +106,7 @@ class MappedFile(mmap.mmap):
         Raises:
             OSError: the disk has no room; the message says what to do.
         """
-        first, last = begins // mmap.PAGESIZE, (begins + (num_bytes - 1)) // mmap.PAGESIZE
-        most = (num_bytes + mmap.PAGESIZE - 2) // mmap.PAGESIZE + 1
-        pages = torch.minimum(first[:, None] + torch.arange(most), last[:, None]).flatten()
+        pages = self._pages(begins, num_bytes)
         pages = torch.unique(pages[self._is_allocated[pages] == 0])
         for begin, end in _runs(pages):
             self.allocate_range(begin * mmap.PAGESIZE, end * mmap.PAGESIZE)

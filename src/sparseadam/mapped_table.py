@@ -124,6 +124,10 @@ class MappedTable(MappedFile):
         """Whether a tensor of this memory is the table, not a part of it or another view."""
         return table.shape == (self.num_rows, self.dim) and table.is_contiguous() and table.dtype is self.dtype
 
+    def prefetch_rows(self, rows: Tensor) -> None:
+        """Have the system read rows that are about to be looked at; see ``prefetch``."""
+        self.prefetch(_PAGE + rows * self.row_bytes, self.row_bytes)
+
     def allocate_rows(self, rows: Tensor) -> None:
         """Have the disk keep room for rows.
 
@@ -318,7 +322,9 @@ def _initialize_read_rows(table: Tensor, rows: Tensor) -> None:
     mapped = find(table)
     if mapped is not None:
         rows = rows.cpu()
-        mapped.initialize(rows[(rows >= 0) & (rows < mapped.num_rows)])  # the module refuses the others
+        rows = rows[(rows >= 0) & (rows < mapped.num_rows)]  # the module refuses the others
+        mapped.prefetch_rows(rows)
+        mapped.initialize(rows)
 
 
 # The file ----------------------------------------------------------------------------------------------------------

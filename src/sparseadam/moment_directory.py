@@ -131,6 +131,15 @@ class FileMemory(ReservedMemory):
         """
         self._index.allocate(rows * self._index_dtype.itemsize, self._index_dtype.itemsize)
 
+    def prefetch(self, slots: Tensor) -> None:
+        """Have the system read slots that are about to be looked at; see ``MappedFile.prefetch``."""
+        for file in self._files.values():
+            file.prefetch(slots * self._slot_bytes(file), self._slot_bytes(file))
+
+    def prefetch_index(self, rows: Tensor) -> None:
+        """Do so for rows in the index."""
+        self._index.prefetch(rows * self._index_dtype.itemsize, self._index_dtype.itemsize)
+
     def grow(self, num_slots: int) -> None:
         """Have the disk keep room for slots.
 
@@ -258,9 +267,7 @@ class MomentDirectory:
         for number, (entry, each) in enumerate(zip(entries, kept, strict=True)):
             if entry["moments"] is not None:
                 moments = self._open_moments(entry["moments"], each)
-                memory = moments.memory
-                assert isinstance(memory, FileMemory)
-                memories[number] = memory
+                memory = memories[number] = _memory_of(moments)
                 records[memory.number] = memory.records()
                 self.states[number] = moments
         has_entries = self._roll_back(records)
@@ -318,8 +325,7 @@ class MomentDirectory:
         """Read counters and rows, once the slots are those of the commit."""
         moments = self.states[number]
         assert isinstance(moments, Moments)
-        memory = moments.memory
-        assert isinstance(memory, FileMemory)
+        memory = _memory_of(moments)
         for name in _COUNTERS:
             setattr(moments, name, saved[name])
         for rows in torch.split(moments.rows, _ROWS_AT_ONCE):
@@ -398,7 +404,9 @@ class MomentDirectory:
             mapped = mapped_table.find(write.table)
             if mapped is not None:
                 self._log_rows(self._tables[mapped.id], write.rows)
-            self._log_slots(write.moments, _slots_of(write.moments, write.rows))
+            slots = _slots_of(write.moments, write.rows)
+            _memory_of(write.moments).prefetch(slots)
+            self._log_slots(write.moments, slots)
 
     def _make_room(self, write: Write) -> None:
         mapped = mapped_table.find(write.table)
@@ -413,8 +421,8 @@ class MomentDirectory:
         Raises:
             OSError: it has none.
         """
-        memory = moments.memory
-        assert isinstance(memory, FileMemory), "moments are in files before they are written"
+        memory = _memory_of(moments)
+        memory.prefetch_index(rows)
         new = rows[moments.slot_of_row[rows] == 0]
         moments.grow(moments.num_slots + len(new))
         memory.allocate_index(new)
@@ -451,8 +459,7 @@ class MomentDirectory:
         Raises:
             OSError: the disk has no room.
         """
-        memory = moments.memory
-        assert isinstance(memory, FileMemory), "moments are in files before they are written"
+        memory = _memory_of(moments)
         slots = slots[slots < memory.num_committed]
         new = slots[~memory.is_logged.are_set(slots)]
         if len(new) > 0:
@@ -574,10 +581,8 @@ class MomentDirectory:
             table = {"number": listed.number, "id": mapped.id, "path": path, "is_pending": listed.is_pending}
         moments = None
         if isinstance(each.state, Moments):
-            memory = each.state.memory
-            assert isinstance(memory, FileMemory), "moments are in files before they are committed"
             moments = {
-                "number": memory.number,
+                "number": _memory_of(each.state).number,
                 "sparse_dim": each.state.sparse_dim,
                 "layout": _write_layout(each.state.layout),
                 **{name: getattr(each.state, name) for name in _COUNTERS},
@@ -615,13 +620,13 @@ class MomentDirectory:
 
 def _memories(kept: Iterable[Kept]) -> list[tuple[FileMemory, Moments]]:
     """Return the moments among what is kept, with their files."""
-    found = []
-    for each in kept:
-        if isinstance(each.state, Moments):
-            memory = each.state.memory
-            assert isinstance(memory, FileMemory), "moments are in files before they are committed"
-            found.append((memory, each.state))
-    return found
+    return [(_memory_of(each.state), each.state) for each in kept if isinstance(each.state, Moments)]
+
+
+def _memory_of(moments: Moments) -> FileMemory:
+    memory = moments.memory
+    assert isinstance(memory, FileMemory), "moments are put into files before they are written or committed"
+    return memory
 
 
 def _slots_of(moments: Moments, rows: Tensor) -> Tensor:
