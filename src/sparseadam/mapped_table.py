@@ -27,7 +27,7 @@ from . import _validate
 from ._mapped_file import Bits, MappedFile, check_platform, locked
 from ._validate import TABLE_DTYPES
 from .initial import Init
-from .reading import ReadHooks, before_reading
+from .reading import Hooks, before_reading
 from .undo_log import Records, naming, read_commit, roll_back, sync_directory, write_whole
 
 _MAGIC = b"sparseadam table"
@@ -288,7 +288,7 @@ def initialize_rows(table: Tensor, rows: Tensor) -> None:
     mapped.initialize(rows)
 
 
-def initialize_on_read(model: nn.Module) -> ReadHooks:
+def initialize_on_read(model: nn.Module) -> Hooks:
     """Have rows of a model's memory-mapped tables initialized just before modules look them up for the first time.
 
     That goes for ``nn.Embedding`` and ``nn.EmbeddingBag`` and modules with a ``register_read_hook``

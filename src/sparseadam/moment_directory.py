@@ -3,7 +3,8 @@
 A directory of moments has ``commit.json`` and the log of what was written since (``undo_log.py``), and::
 
     moments-N/        the moments of one table: a file for each record that a slot has, slot after slot, and the index
-    values-N.pt       at commit N, what is kept in memory: other parameters, and the states of dense ones
+    values-N.pt       at commit N, what is kept in memory: other parameters, the states of dense ones, and the steps
+                      that rows may have missed
 
 Slots beyond those of the commit are void. So are files that ``commit.json`` does not name; they are removed when the
 directory is opened, and by the next commit. Moments that come from elsewhere (a state dict, a gradient of another
@@ -29,6 +30,7 @@ from . import _validate, mapped_table
 from ._mapped_file import Bits, MappedFile, check_platform, locked
 from ._memory import Part, ReservedMemory, SlotArray, index_dtype
 from ._validate import SEED, Place
+from .history import History
 from .mapped_table import MappedTable
 from .moments import Moments, StateLayout, moment_dtype
 from .undo_log import (
@@ -344,6 +346,10 @@ class MomentDirectory:
             for number, value in saved["parameters"].items():
                 kept[number].parameter.copy_(value)
         self.states.update(saved["states"])
+        for number, history in saved["histories"].items():
+            moments = self.states[number]
+            assert isinstance(moments, Moments), "only moments have a history"
+            moments.history = History.of(history["base"], history["numbers"])
 
     # Keeping ---------------------------------------------------------------------------------------------------------
 
@@ -442,7 +448,7 @@ class MomentDirectory:
             OSError: the disk has no room.
         """
         slots = _slots_of(moments, rows)
-        if moments.layout.owes_decay:
+        if moments.layout.owes_decay or moments.layout.replays:
             self._make_slots(moments, rows)
             self._log_slots(moments, slots)
             return
@@ -542,13 +548,17 @@ class MomentDirectory:
 
     def _write_values(self, number: int, kept: Sequence[Kept]) -> None:
         """Save what is kept in memory."""
-        values: dict[str, dict[int, Any]] = {"parameters": {}, "states": {}}
+        values: dict[str, dict[int, Any]] = {"parameters": {}, "states": {}, "histories": {}}
         for index, each in enumerate(kept):
             if mapped_table.find(each.parameter) is None:
                 value = each.parameter.detach()
                 is_part = value.numel() * value.itemsize < value.untyped_storage().nbytes()
                 values["parameters"][index] = value.clone() if is_part else value
-            if each.state is not None and not isinstance(each.state, Moments):
+            if isinstance(each.state, Moments):
+                history = each.state.history
+                if history is not None:
+                    values["histories"][index] = {"base": history.base, "numbers": history.numbers()}
+            elif each.state is not None:
                 values["states"][index] = dict(each.state)
         path = self._values_path(number)
         try:

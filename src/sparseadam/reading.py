@@ -7,6 +7,7 @@ Modules that look rows up are hooked here; what has to be done is the callback's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -31,8 +32,8 @@ class AnnouncesReads(Protocol):
         """Have ``callback(table, rows)`` called before rows of a table are read."""
 
 
-class ReadHooks:
-    """The hooks of one call of ``before_reading``; ``remove()``, or leaving it as a context, takes them off."""
+class Hooks:
+    """Hooks of the modules of a model; ``remove()``, or leaving it as a context, takes them off."""
 
     def __init__(self, handles: list[Removable]) -> None:
         """Hold the handles of what was hooked."""
@@ -44,7 +45,7 @@ class ReadHooks:
             handle.remove()
         self._handles = []
 
-    def __enter__(self) -> ReadHooks:
+    def __enter__(self) -> Hooks:
         """Return itself."""
         return self
 
@@ -53,7 +54,39 @@ class ReadHooks:
         self.remove()
 
 
-def before_reading(model: nn.Module, tables: Iterable[Tensor], callback: ReadCallback) -> ReadHooks:
+class Hook:
+    """A hook that does nothing any more where it was copied or pickled along with its module.
+
+    The copy has parameters of its own; what the hook does would be done to the original's.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        """Call ``function`` with what the module passes."""
+        self._function = function
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> None:
+        """Be called by the module."""
+        self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        """Return what stands in the copied module."""
+        return _hook_of_a_copy()
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        """Pickle as what stands in the copied module."""
+        return _hook_of_a_copy, ()
+
+
+def _without_effect(*_: Any) -> None:
+    """Stand where the hook of a copied module stood."""
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _without_effect
+
+
+def before_reading(model: nn.Module, tables: Iterable[Tensor], callback: ReadCallback) -> Hooks:
     """Call ``callback(table, rows)`` whenever modules of a model are about to look up rows of some tables.
 
     Hooked are ``nn.Embedding`` and ``nn.EmbeddingBag``, those that derive from them included, whose ``weight`` is one
@@ -71,34 +104,18 @@ def before_reading(model: nn.Module, tables: Iterable[Tensor], callback: ReadCal
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             if id(module.weight) in watched:
-                handles.append(module.register_forward_pre_hook(_LookupHook(callback), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(Hook(partial(_announce_lookup, callback)), with_kwargs=True)
+                )
         elif isinstance(module, AnnouncesReads):
             handles.append(module.register_read_hook(callback))
-    return ReadHooks(handles)
+    return Hooks(handles)
 
 
-class _LookupHook:
-    """The forward pre-hook of an embedding; copied or pickled along with its module, it does nothing any more."""
-
-    def __init__(self, callback: ReadCallback) -> None:
-        self._callback = callback
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Embedding | nn.EmbeddingBag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input")
-        if isinstance(ids, Tensor):  # anything else is for the module to refuse
-            self._callback(module.weight, ids.detach().reshape(-1).to(torch.int64))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _hook_of_a_copy()
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _hook_of_a_copy, ()
-
-
-def _without_effect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Stand where the hook of a copied module stood."""
-
-
-def _hook_of_a_copy() -> Callable[..., None]:
-    return _without_effect
+def _announce_lookup(
+    callback: ReadCallback, module: nn.Embedding | nn.EmbeddingBag, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Tell what an embedding is about to look up, as its forward pre-hook."""
+    ids = args[0] if args else kwargs.get("input")
+    if isinstance(ids, Tensor):  # anything else is for the module to refuse
+        callback(module.weight, ids.detach().reshape(-1).to(torch.int64))
