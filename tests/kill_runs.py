@@ -1,8 +1,8 @@
 """Training runs that are killed, each in a process of its own; run as a program, which prints what happened as JSON.
 
-A run opens the tables and moments that the last one left, compares them bit for bit with what a run in memory has at that
-step, and trains on, with a checkpoint every few steps. What runs report stands in memory that they share with the program,
-since they get no chance to say anything at the end.
+A run opens the tables and moments that the last one left, compares them bit for bit with what a run in memory has at
+that step, and trains on, with a checkpoint every few steps. What runs report stands in memory that they share with the
+program, since they get no chance to say anything at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,16 @@ class Report:
     _FIELDS = struct.Struct("<4q")
 
     def __init__(self) -> None:
+        """Begin with nothing committed."""
         self._memory = mmap.mmap(-1, self._FIELDS.size)
         self.set(phase=OPENING, committed=0, begun=0, found=-1)
 
     def get(self) -> dict[str, int]:
+        """Return all of it by name."""
         return dict(zip(("phase", "committed", "begun", "found"), self._FIELDS.unpack(self._memory[:]), strict=True))
 
     def set(self, **fields: int) -> None:
+        """Change some of it."""
         self._memory[:] = self._FIELDS.pack(*{**(self.get() if len(fields) < 4 else {}), **fields}.values())
 
 
@@ -57,6 +61,7 @@ class Training:
     """Two tables, one of them with moments of 8 bits that are rounded at random, and a dense layer."""
 
     def __init__(self, directory: Path | None) -> None:
+        """Build it in memory, or open or create its files."""
         torch.manual_seed(0)
         inits = [("normal", 0.1), ("uniform", 0.2)]
         if directory is None:
@@ -85,10 +90,12 @@ class Training:
 
     @property
     def step_count(self) -> int:
+        """Steps so far."""
         state = self.optimizer.state.get(self.embeddings[0].weight)
         return state["step"] if state else 0
 
     def step(self) -> None:
+        """Take a step, with ids that follow from its number."""
         generator = torch.Generator().manual_seed(self.step_count)
         ids = torch.randint(0, NUM_ROWS, (2, 40), generator=generator) ** 2 // NUM_ROWS  # some rows often
         self.optimizer.zero_grad()
@@ -163,12 +170,12 @@ def dawdle(chance: random.Random) -> None:
     """Have calls that change files take their time now and then, so that runs are killed among them as well."""
     for name in CALLS:
 
-        def slow(*args: Any, call: Callable[..., Any] = getattr(os, name), **options: Any) -> Any:
+        def slow(*args: Any, call: Callable[..., Any], **options: Any) -> Any:
             if chance.random() < 0.05:
                 time.sleep(chance.random() * 0.01)
             return call(*args, **options)
 
-        setattr(os, name, slow)
+        setattr(os, name, partial(slow, call=getattr(os, name)))
 
 
 def kill_at(number: int) -> None:
@@ -176,7 +183,7 @@ def kill_at(number: int) -> None:
     calls = 0
     for name in CALLS:
 
-        def counted(*args: Any, name: str = name, call: Callable[..., Any] = getattr(os, name), **options: Any) -> Any:
+        def counted(*args: Any, name: str, call: Callable[..., Any], **options: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls > number:
@@ -185,7 +192,7 @@ def kill_at(number: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **options)
 
-        setattr(os, name, counted)
+        setattr(os, name, partial(counted, name=name, call=getattr(os, name)))
 
 
 def at_random(directory: Path, expected: list[list[Any]], num_kills: int) -> dict[str, int]:
@@ -215,7 +222,7 @@ def at_random(directory: Path, expected: list[list[Any]], num_kills: int) -> dic
 
 
 def at_every_call(directory: Path, expected: list[list[Any]]) -> dict[str, int]:
-    """Kill runs at their first, second, third call and so on: through a new one, and through what takes back its steps."""
+    """Kill runs at their first, second, third call and so on: through new ones, and through what takes back steps."""
     report = Report()
     kills = dict.fromkeys(PHASES, 0)
 

@@ -272,7 +272,7 @@ class MomentDirectory:
                 memory = memories[number] = _memory_of(moments)
                 records[memory.number] = memory.records()
                 self.states[number] = moments
-        has_entries = self._roll_back(records)
+        has_entries = roll_back(self.path, self._commit, records)
         for number in memories:
             self._index(number, entries[number]["moments"])
         self._read_values(kept)
@@ -316,12 +316,6 @@ class MomentDirectory:
         layout, dtype = _read_layout(saved["layout"]), moment_dtype(each.parameter.dtype)
         memory = self._file_memory(saved["number"], shape, saved["sparse_dim"], dtype, layout, saved["num_slots"])
         return Moments(shape, saved["sparse_dim"], dtype, torch.device("cpu"), layout, memory)
-
-    def _roll_back(self, records: Mapping[int, Records]) -> bool:
-        try:
-            return roll_back(self.path, self._commit, records)
-        except FileNotFoundError as error:
-            raise _validate.missing_part_error(self.path, str(error.filename)) from None
 
     def _index(self, number: int, saved: Mapping[str, Any]) -> None:
         """Read counters and rows, once the slots are those of the commit."""

@@ -120,6 +120,8 @@ def roll_back(directory: str, commit: int, records: Mapping[int, Records]) -> bo
     """
     path = log_path(directory, commit)
     has_entries = False
+    if not os.path.exists(path):
+        raise _validate.missing_part_error(directory, path)
     for number, count, body in _entries(path):
         has_entries = True
         if number not in records:
