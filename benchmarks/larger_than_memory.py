@@ -33,6 +33,7 @@ WIDTH = 64
 INIT = ("normal", 0.01)
 MEMORY, FILES, LIMITED = "memory", "files", "limited"
 NAMES = {MEMORY: "in memory", FILES: "in files", LIMITED: "in files, memory limited"}
+DRAWN = ("zipf", "uniform")
 TABLES_A_LIMIT = 3
 ROWS_A_STRETCH = 1 << 16
 # How many times the table's size a run in memory needs: the table, its moments, the index, and some room.
@@ -47,16 +48,17 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directory", type=Path, help="where files go, on the disk to measure; a temporary one otherwise"
     )
-    parser.add_argument("--only", choices=NAMES, help="measure one in this very process and print its record")
-    parser.add_argument("--rows-drawn", choices=("uniform", "zipf"), help="with --only")
+    parser.add_argument("--where", nargs="+", choices=NAMES, default=list(NAMES), help="which to measure")
+    parser.add_argument("--drawn", nargs="+", choices=DRAWN, default=list(DRAWN), help="how ids are drawn")
+    parser.add_argument("--here", action="store_true", help="measure the first in this very process, without a limit")
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:
-    if options.only:
+    if options.here:
         yield _measure_here(options)
         return
-    for drawn in ("zipf", "uniform"):
-        for where in NAMES:
+    for drawn in options.drawn:
+        for where in options.where:
             if where == MEMORY and not fits_in_memory(int(TABLES_NEEDED * _num_rows(options) * WIDTH * 4)):
                 print(f"larger_than_memory: {NAMES[where]} is left out: it does not fit", file=sys.stderr)
                 continue
@@ -68,7 +70,7 @@ def _num_rows(options: argparse.Namespace) -> int:
 
 
 def _measure_apart(options: argparse.Namespace, where: str, drawn: str) -> Record:
-    command = [sys.executable, __file__, "--json", "/dev/stdout", "--only", where, "--rows-drawn", drawn]
+    command = [sys.executable, __file__, "--json", "/dev/stdout", "--here", "--where", where, "--drawn", drawn]
     for flag in ("limit", "lookups", "steps", "steps-a-checkpoint"):
         command += [f"--{flag}", str(getattr(options, flag.replace("-", "_")))]
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
@@ -128,7 +130,8 @@ def _no_group() -> Iterator[None]:
 
 
 def _measure_here(options: argparse.Namespace) -> Record:
-    num_rows, is_in_memory = _num_rows(options), options.only == MEMORY
+    where, drawn, num_rows = options.where[0], options.drawn[0], _num_rows(options)
+    is_in_memory = where == MEMORY
     path, moment_dir = options.directory / "items.table", options.directory / "moments"
     if is_in_memory:
         table = torch.empty(num_rows, WIDTH)
@@ -160,7 +163,7 @@ def _measure_here(options: argparse.Namespace) -> Record:
     generator = torch.Generator().manual_seed(0)
     seconds, commits, log_bytes, distinct = [], [], [], 0
     for number in range(options.steps):
-        ids = _draw(options.rows_drawn, options.lookups, num_rows, generator)
+        ids = _draw(drawn, options.lookups, num_rows, generator)
         distinct += len(ids.unique())
         begin = time.perf_counter()
         step(ids)
@@ -171,13 +174,13 @@ def _measure_here(options: argparse.Namespace) -> Record:
     files = [path, *moment_dir.rglob("*")] if not is_in_memory else []
     return {
         **facts(),
-        "where": options.only,
-        "drawn": options.rows_drawn,
+        "where": where,
+        "drawn": drawn,
         "rows": num_rows,
         "dim": WIDTH,
         "lookups": options.lookups,
-        "limit_bytes": options.limit * 2**20 if options.only == LIMITED else None,
-        "peak_bytes": _peak_bytes() if options.only == LIMITED else None,
+        "limit_bytes": options.limit * 2**20 if where == LIMITED else None,
+        "peak_bytes": _peak_bytes() if where == LIMITED else None,
         "table_bytes": num_rows * WIDTH * 4,
         "disk_bytes": sum(file.stat().st_blocks * 512 for file in files),
         "touching_seconds": touching,

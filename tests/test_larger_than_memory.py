@@ -171,6 +171,14 @@ def test_initial_values_are_those_of_the_formula(tmp_path: Path, init: tuple[str
     torch.testing.assert_close(table[rows], torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("init", [("normal", 0.3), ("uniform", 7.0)])
+def test_initial_values_are_those_of_the_definition_bit_for_bit(init: tuple[str, float], dtype: torch.dtype) -> None:
+    rows = torch.arange(0, 10**12, 10**9)[::2]
+    found = Init(*init, seed=11).values(rows, 50, dtype)
+    assert torch.equal(found, Init(*init, seed=11).reference_values(rows, 50).to(dtype))
+
+
 def test_initial_values_do_not_depend_on_which_other_rows_are_made() -> None:
     init = Init("normal", 0.1, 5)
     together = init.values(torch.arange(1000), 33, torch.float64)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -203,10 +204,10 @@ def locked(fd: int, path: str) -> Iterator[None]:
 
 
 def check_platform() -> None:
-    """Refuse systems on which room cannot be allocated before it is written to.
+    """Refuse systems on which room cannot be allocated before it is written to, and those that are big-endian.
 
     Raises:
-        OSError: the system is not one where that can be done.
+        OSError: the system is such a one.
     """
-    if not hasattr(os, "posix_fallocate"):
+    if not hasattr(os, "posix_fallocate") or sys.byteorder != "little":  # as the files are
         raise _validate.platform_error()

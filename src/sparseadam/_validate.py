@@ -831,7 +831,8 @@ def platform_error() -> OSError:
     """Make the error for a system without what files need."""
     return OSError(
         errno.ENOSYS,
-        "tables and moments in files need posix_fallocate, which Python has on Linux only. Keep them in memory here",
+        "tables and moments in files need posix_fallocate, which Python has on Linux only, and a little-endian "
+        "machine. Keep them in memory here",
     )
 
 

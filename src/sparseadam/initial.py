@@ -1,9 +1,10 @@
 """Initial values of rows, functions of seed, row and column: rows need not be stored before they are used.
 
 Every operation below is one that IEEE 754 rounds correctly (sums, products, quotients, square roots), done in float64
-and rounded to the table's dtype once: whichever machine computes a row, and among whichever others, gets the same bits.
+and rounded to the table's dtype: whichever machine computes a row, and among whichever others, gets the same bits.
 Logarithms and cosines of a library differ in the last place between machines, and between the lanes of a vector and
-what is left over, so there are none.
+what is left over, so there are none. Native code (``csrc/initial.cpp``) does the same operations, without their
+intermediate tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import rounding
+from .update import native
 
 # Wichura (1988), Algorithm AS 241, PPND16: numerators and denominators by rising power, for the middle and the tails.
 _MIDDLE = (
@@ -92,10 +94,18 @@ class Init(NamedTuple):
         """
         if self.kind == "zeros":
             return torch.zeros((len(rows), dim), dtype=dtype)
+        # PyTorch, too, rounds float64 to half precision by way of float32.
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        if native.module() is None:
+            return self.reference_values(rows, dim).to(wide).to(dtype)
+        return native.initial_values(self.kind, self.scale, self.seed, rows.contiguous(), dim, wide).to(dtype)
+
+    def reference_values(self, rows: Tensor, dim: int) -> Tensor:
+        """Return what ``values`` returns, in float64, of PyTorch operations: the definition."""
         probability = (rounding.element_bits(self.seed, rows, dim).to(torch.float64) + 0.5) * 2.0**-32
         centred = probability - 0.5
         values = _normal_quantile(probability, centred) if self.kind == "normal" else centred * 2.0
-        return (values * self.scale).to(dtype)
+        return values * self.scale
 
 
 def _normal_quantile(probability: Tensor, centred: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def memory_mapped(
         torch.Size([1000000000, 64])
     """
     check_platform()
-    path = os.fspath(path)
+    path = os.path.abspath(os.fsdecode(path))
     wanted = None
     if num_rows is not None or dim is not None:
         wanted = _about(num_rows, dim, dtype, init, seed)

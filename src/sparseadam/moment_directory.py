@@ -229,7 +229,7 @@ class MomentDirectory:
             OSError: the system refuses; the message has its reason. What was committed stays.
         """
         check_platform()
-        self.path = os.fspath(path)
+        self.path = os.path.abspath(os.fsdecode(path))
         self.states: dict[int, Moments | Mapping[str, Any]] = {}
         self.seeds: list[int | None] = []
         self._tables: dict[str, _Table] = {}

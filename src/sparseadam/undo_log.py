@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,6 +241,3 @@ def naming(path: str) -> Iterator[None]:
         if error.filename is not None:
             raise
         raise _validate.file_error(path, "could not be written", error) from None
-
-
-assert sys.byteorder == "little", "the files are little-endian, as all machines are that torch has builds for"
