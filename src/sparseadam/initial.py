@@ -1,9 +1,9 @@
 """Initial values of rows, functions of seed, row and column: rows need not be stored before they are used.
 
-Every operation below is one that IEEE 754 rounds correctly (sums, products, quotients, square roots), done in float64
-and rounded to the table's dtype: whichever machine computes a row, and among whichever others, gets the same bits.
-Logarithms and cosines of a library differ in the last place between machines, and between the lanes of a vector and
-what is left over, so there are none. Native code (``csrc/initial.cpp``) does the same operations, without their
+Every operation below is a sum, a product or a quotient, which IEEE 754 rounds correctly, in float64; the result is
+rounded to the table's dtype. So whichever machine computes a row, and among whichever others, gets the same bits. A
+library's logarithms and cosines, and PyTorch's square roots as well, may differ in the last place between machines, and
+between the lanes of a vector and what is left over, so there are none. Native code (``csrc/initial.cpp``) does the same operations, without their
 intermediate tensors.
 """
 
@@ -65,6 +65,8 @@ _TAILS = (
 )
 _MIDDLE_HALF_WIDTH = 0.425
 _LOG_TERMS = 12
+# Of Newton's iteration for a root: the first guess is off by less than a fifth, and each step squares that.
+_ROOT_STEPS = 5
 
 
 class Init(NamedTuple):
@@ -113,7 +115,7 @@ def _normal_quantile(probability: Tensor, centred: Tensor) -> Tensor:
     is_tail = centred.abs() > _MIDDLE_HALF_WIDTH
     tail = torch.minimum(probability[is_tail], 1.0 - probability[is_tail])
     # AS 241 has a third form for tails below exp(-25); the least here is 2**-33.
-    middle[is_tail] = _ratio(_TAILS, (-_log(tail)).sqrt() - 1.6).copysign(centred[is_tail])
+    middle[is_tail] = _ratio(_TAILS, _root(-_log(tail)) - 1.6).copysign(centred[is_tail])
     return middle
 
 
@@ -138,3 +140,11 @@ def _log(x: Tensor) -> Tensor:
     ratio = (mantissa - 1.0) / (mantissa + 1.0)  # log(m) = 2 artanh((m - 1) / (m + 1))
     series = _polynomial(tuple(1.0 / (2 * term + 1) for term in range(_LOG_TERMS)), ratio * ratio)
     return exponent * math.log(2.0) + ratio * series * 2.0
+
+
+def _root(x: Tensor) -> Tensor:
+    """Return the square root of numbers from 2.5 to 23, which those of tails are."""
+    root = 1.5 + x * 0.15
+    for _ in range(_ROOT_STEPS):
+        root = (root + x / root) * 0.5
+    return root
