@@ -3,8 +3,8 @@
 Every operation below is a sum, a product or a quotient, which IEEE 754 rounds correctly, in float64; the result is
 rounded to the table's dtype. So whichever machine computes a row, and among whichever others, gets the same bits. A
 library's logarithms and cosines, and PyTorch's square roots as well, may differ in the last place between machines, and
-between the lanes of a vector and what is left over, so there are none. Native code (``csrc/initial.cpp``) does the same operations, without their
-intermediate tensors.
+between the lanes of a vector and what is left over, so there are none. Native code (``csrc/initial.cpp``) does the same
+operations, without their intermediate tensors.
 """
 
 from __future__ import annotations
