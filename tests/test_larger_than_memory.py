@@ -931,6 +931,31 @@ def test_a_row_outside_the_table_is_refused_as_elsewhere(tmp_path: Path) -> None
     assert snapshot(training.optimizer) == before
 
 
+def test_the_page_on_it_can_be_run_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "larger_than_memory.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(block.replace("100)", "25)"), names)
+    names.clear()
+    exec(block.replace("100)", "40)"), names)
+    assert names["first"] == 20
+    found = what_a_page_has(names)
+    names.clear()
+    (tmp_path / "undisturbed").mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    torch.manual_seed(0)
+    exec(block.replace("100)", "40)"), names)
+    assert found == what_a_page_has(names)
+
+
+def what_a_page_has(names: Mapping[str, Any]) -> list[Any]:
+    """The state of the example's table, the rows that have one, and the rest of its model."""
+    state = names["optimizer"].state[names["embedding"].weight]
+    return [bits(names["table"][state["rows"]]), bits(names["head"].weight), {key: bits(state[key]) for key in state}]
+
+
 # The parts ----------------------------------------------------------------------------------------
 
 
