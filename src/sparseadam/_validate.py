@@ -6,7 +6,9 @@ same fault, ours begins with PyTorch's words, so that code matching on them keep
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -283,7 +285,7 @@ def _read_options(
         weight_decay=check_weight_decay(weight_decay),
         nonfinite=check_choice(nonfinite, "nonfinite"),
         stochastic_rounding=_check_flag(stochastic_rounding, "stochastic_rounding"),
-        seed=None if seed is None else _check_seed(seed),
+        seed=None if seed is None else check_seed(seed),
         dense_gradients=check_choice(dense_gradients, "dense_gradients"),
         layout=layout,
     )
@@ -291,7 +293,8 @@ def _read_options(
     return options
 
 
-def _check_seed(value: object) -> int:
+def check_seed(value: object) -> int:
+    """Return ``seed`` as an int in [0, 2**53)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"seed must be an int, got {value!r}.")
     if not 0 <= value < SEED_END:
@@ -440,7 +443,7 @@ def unknown_parameter_error(param: object) -> ValueError:
     return ValueError(f"{found} is not one of this optimizer's. Pass one of its groups' own parameters.")
 
 
-def check_rows(rows: object, place: Place) -> None:
+def check_rows(rows: object, place: Place | str) -> None:
     """Refuse what does not list rows.
 
     Raises:
@@ -451,7 +454,7 @@ def check_rows(rows: object, place: Place) -> None:
         raise TypeError(f"rows of {place} must be a one-dimensional torch.int64 tensor, got {found}.")
 
 
-def check_row_range(rows: Tensor, num_rows: int, place: Place) -> None:
+def check_row_range(rows: Tensor, num_rows: int, place: Place | str) -> None:
     """Refuse rows outside a table.
 
     Raises:
@@ -461,7 +464,7 @@ def check_row_range(rows: Tensor, num_rows: int, place: Place) -> None:
         raise row_range_error(rows, num_rows, place)
 
 
-def row_range_error(rows: Tensor, num_rows: int, place: Place) -> IndexError:
+def row_range_error(rows: Tensor, num_rows: int, place: Place | str) -> IndexError:
     """Make the error for rows of which at least one is outside a table."""
     first = rows[(rows < 0) | (rows >= num_rows)][0]
     return IndexError(f"row {int(first)} is outside the {num_rows} rows of {place}. Nothing was changed.")
@@ -613,8 +616,7 @@ def moment_dtype_error(place: Place, found: torch.dtype, table_dtype: torch.dtyp
     )
 
 
-def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -> RuntimeError:
-    """Make the error for an option that shapes the state and was changed after a table's first step."""
+def _changed_options(found: StateLayout, wanted: StateLayout) -> str:
     options = {
         "stored_dtype": "moment_dtype",
         "one_exp_avg_sq_a_row": "second_moment",
@@ -623,10 +625,14 @@ def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -
         "owes_decay": "weight_decay_mode",
         "replays": "missed_steps",
     }
-    changed = [options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name)]
+    return ", ".join(options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name))
+
+
+def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -> RuntimeError:
+    """Make the error for an option that shapes the state and was changed after a table's first step."""
     return RuntimeError(
-        f"{', '.join(changed)} of {place} changed after its moments were made, and shapes them. Set it back, or delete "
-        "optimizer.state[param] to start that table's moments anew."
+        f"{_changed_options(found, wanted)} of {place} changed after its moments were made, and shapes them. Set it "
+        "back, or delete optimizer.state[param] to start that table's moments anew."
     )
 
 
@@ -685,6 +691,302 @@ def checkpoint_error(place: Place | str, problem: str) -> ValueError:
     """Make the error for a checkpoint that does not fit."""
     return ValueError(
         f"the checkpoint does not fit this optimizer: state of {place}: {problem}. The optimizer is unchanged."
+    )
+
+
+# Files --------------------------------------------------------------------------------------------
+
+INIT_KINDS = ("zeros", "normal", "uniform")
+
+
+def check_size(value: object, name: str) -> int:
+    """Return ``num_rows`` or ``dim`` of a table in a file, an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}. Leave out num_rows and dim to open a file as it is.")
+    if value < 1:
+        raise ValueError(f"Invalid {name}: {value}. It must be at least 1.")
+    return value
+
+
+def check_table_dtype(value: object) -> torch.dtype:
+    """Return the dtype of a table."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {value!r}.")
+    if value not in TABLE_DTYPES:
+        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
+        raise ValueError(f"Invalid dtype: {value}. Choose one of {supported}.")
+    return value
+
+
+def check_init(value: object) -> tuple[str, float]:
+    """Return how the rows of a table begin: a kind and its scale, which is 0 of zeros."""
+    if value == "zeros":
+        return "zeros", 0.0
+    if not isinstance(value, (str, tuple, list)):
+        raise TypeError(f"init must be 'zeros' or a pair such as ('normal', 0.01), got {value!r}.")
+    if isinstance(value, str) or len(value) != 2 or value[0] not in INIT_KINDS[1:]:
+        raise ValueError(
+            f"Invalid init: {value!r}. Choose 'zeros', ('normal', standard_deviation) or ('uniform', bound)."
+        )
+    scale = _as_number(value[1], "the number in init")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"Invalid init: {value!r}. Its number must lie in (0, inf).")
+    return value[0], scale
+
+
+def check_moment_dir(value: object) -> None:
+    """Refuse what is no path."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"moment_dir must be a path or None, got {value!r}.")
+
+
+def check_same_table(path: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to open a table as something else than it was created as.
+
+    Raises:
+        ValueError: naming all that differs.
+    """
+    names = {"num_rows": "num_rows", "dim": "dim", "dtype": "dtype", "init": "init and seed"}
+    differing = [
+        f"{name} {found[key]} in place of {wanted[key]}" for key, name in names.items() if found[key] != wanted[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"the table in {path!r} has {', '.join(differing)}. It was left as it is. Open it with the arguments it "
+            "was created with, or by its path alone."
+        )
+
+
+def file_error(path: str, problem: str, error: Exception) -> OSError:
+    """Make the error for a file that the system refuses."""
+    number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return OSError(number, f"{path!r} {problem}: {reason}. What was committed before is as it was.")
+
+
+def disk_full_error(path: str, num_bytes: int, error: OSError) -> OSError:
+    """Make the error for a disk that has no room for what is about to be written."""
+    return OSError(
+        error.errno,
+        f"no room for {num_bytes} more bytes of {path!r}: {error.strerror}. Nothing was changed. Make room on that "
+        "disk, and take the step again; checkpoint() removes the log of what was written since the last one.",
+    )
+
+
+def foreign_error(path: str, what: str) -> ValueError:
+    """Make the error for a file that is something else."""
+    return ValueError(f"{path!r} does not hold {what} of sparseadam. It was left as it is. Choose another path.")
+
+
+def foreign_directory_error(path: str, name: str) -> ValueError:
+    """Make the error for a directory of moments that holds something else."""
+    return ValueError(
+        f"the directory {path!r} has no commit of moments, and holds {name!r}. It was left as it is. Choose a new or "
+        "empty directory for moment_dir."
+    )
+
+
+def version_error(path: str, found: object, known: int) -> ValueError:
+    """Make the error for a file of a later version."""
+    return ValueError(
+        f"{path!r} has version {found!r} of its format, and this version of sparseadam reads {known}. It was left as "
+        "it is. Use the version of sparseadam that wrote it."
+    )
+
+
+def damaged_error(path: str, problem: str) -> ValueError:
+    """Make the error for a file that was cut short or overwritten."""
+    return ValueError(f"{path!r} is damaged: {problem} found. It was left as it is. Restore it from a copy.")
+
+
+def missing_table_error(path: str) -> FileNotFoundError:
+    """Make the error for a table that is to be opened and is not there."""
+    return FileNotFoundError(
+        errno.ENOENT, f"there is no table at {path!r}. Pass num_rows and dim to create one, or correct the path"
+    )
+
+
+def missing_part_error(directory: str, path: str) -> FileNotFoundError:
+    """Make the error for a file of a commit that is gone."""
+    return FileNotFoundError(
+        errno.ENOENT,
+        f"{path!r} is missing, which the commit in {directory!r} needs. Nothing was changed. Restore it from a copy, "
+        "or choose an empty moment_dir to start the moments anew",
+    )
+
+
+def lost_moments_error(path: str, directory: str) -> FileNotFoundError:
+    """Make the error for a table that was being trained with moments that are gone."""
+    return FileNotFoundError(
+        errno.ENOENT,
+        f"rows of the table in {path!r} were written since its last checkpoint(), and the log that takes them back is "
+        f"gone with the moments in {directory!r}. The table was left as it is. Restore that directory, where it was "
+        "or in the same place as seen from the table",
+    )
+
+
+def locked_error(path: str) -> RuntimeError:
+    """Make the error for a file that is open elsewhere."""
+    return RuntimeError(
+        f"{path!r} is open in another process, or in this one. Wait for the other to end, or drop all that uses it "
+        "here: tensors, models, optimizers. Of processes that were forked, the last one counts."
+    )
+
+
+def platform_error() -> OSError:
+    """Make the error for a system without what files need."""
+    return OSError(
+        errno.ENOSYS,
+        "tables and moments in files need posix_fallocate, which Python has on Linux only, and a little-endian "
+        "machine. Keep them in memory here",
+    )
+
+
+def long_path_error(directory: str) -> ValueError:
+    """Make the error for a path that does not fit a table's header."""
+    return ValueError(
+        f"the path of the moments, {directory!r}, is too long for a table's header. Choose a shorter one."
+    )
+
+
+def not_mapped_error() -> ValueError:
+    """Make the error for a tensor that is no memory-mapped table."""
+    return ValueError(
+        "the table is not in a file. Pass what memory_mapped() returned, or a parameter that shares its memory; what "
+        ".to(), .clone() and the like return does not."
+    )
+
+
+def no_mapped_table_error() -> ValueError:
+    """Make the error for a model without memory-mapped tables."""
+    return ValueError(
+        "none of the model's parameters is a memory-mapped table. Build its embedding with "
+        "nn.Embedding.from_pretrained(table, freeze=False, sparse=True), and do not move or convert the model after."
+    )
+
+
+def max_norm_error(name: str) -> ValueError:
+    """Make the error for a module that writes to the rows it reads."""
+    return ValueError(
+        f"module {name!r} has a max_norm, so that reading rows of its memory-mapped table writes to them, which no log "
+        "would take back. Use max_norm=None."
+    )
+
+
+def unannounced_reads_error(path: str, row: int, kind: str) -> RuntimeError:
+    """Make the error for rows that a model read as zeros."""
+    return RuntimeError(
+        f"row {row} of the table in {path!r} was used before it had its initial values (init {kind!r}), so as zeros. "
+        "No row was changed. Call sparseadam.initialize_on_read(model) once, or initialize_rows(table, rows) before "
+        "rows are read."
+    )
+
+
+def partial_table_error(place: Place, path: str) -> ValueError:
+    """Make the error for a parameter that is a part of a memory-mapped table."""
+    return ValueError(
+        f"{place} is a part or another view of the memory-mapped table in {path!r}. Make the parameter of the whole "
+        "table."
+    )
+
+
+def unknown_table_error(path: str) -> RuntimeError:
+    """Make the error for a memory-mapped table that came after the optimizer was built."""
+    return RuntimeError(
+        f"the table in {path!r} is not among those that this optimizer commits. No row was changed. Give it to the "
+        "optimizer when that is built, or in add_param_group()."
+    )
+
+
+def unpaired_optimizer_error(path: str, directory: str) -> ValueError:
+    """Make the error for a table whose moments are in a directory, in an optimizer without one."""
+    return ValueError(
+        f"the table in {path!r} is committed together with the moments in {directory!r}, which would no longer fit it. "
+        f"Pass moment_dir={directory!r}, or another, empty directory to start its moments anew."
+    )
+
+
+def check_committed_places(path: str, saved: Sequence[tuple[int, int]], present: Sequence[Place]) -> None:
+    """Refuse to go on from a commit of other groups.
+
+    Raises:
+        ValueError: saying how many parameters the groups have and had.
+    """
+    if saved != [(place.group_index, place.position) for place in present]:
+        raise ValueError(
+            f"the commit in {path!r} has {_group_sizes([group for group, _ in saved])}, and the optimizer "
+            f"{_group_sizes([place.group_index for place in present])}. Nothing was changed. Build the optimizer with "
+            "all the parameters and groups that it had."
+        )
+
+
+def _group_sizes(groups: Sequence[int]) -> str:
+    sizes = [groups.count(group) for group in sorted(set(groups))]
+    return f"{len(sizes)} groups of {', '.join(map(str, sizes))} parameters"
+
+
+def committed_parameter_error(path: str, place: Place, wanted: str, found: str) -> ValueError:
+    """Make the error for a parameter that is not what a commit has in its place."""
+    return ValueError(
+        f"the commit in {path!r} does not fit {place}: {wanted} expected, {found} found. Nothing was changed. Build "
+        "the optimizer as it was, or choose an empty moment_dir."
+    )
+
+
+def committed_table_error(path: str, place: Place, wanted: str, found: str) -> ValueError:
+    """Make the error for another table than the one of a commit."""
+    return ValueError(
+        f"the commit in {path!r} does not fit {place}: the table in {found!r} is not the one that was in {wanted!r}. "
+        "Nothing was changed. Restore that file, or choose an empty moment_dir to start moments anew."
+    )
+
+
+def repaired_table_error(path: str, place: Place, table: str, pairing: Mapping[str, str] | None) -> ValueError:
+    """Make the error for a table that was trained with other moments since."""
+    since = "others" if pairing is None else f"those in {pairing['path']!r}"
+    return ValueError(
+        f"the moments in {path!r} no longer fit {place}: the table in {table!r} was committed with {since} since. "
+        "Nothing was changed. Use those, or choose an empty moment_dir to start moments anew."
+    )
+
+
+def committed_layout_error(path: str, place: Place, found: StateLayout, wanted: StateLayout) -> ValueError:
+    """Make the error for an option that shapes the state and is not what it was at a commit."""
+    return ValueError(
+        f"{_changed_options(found, wanted)} of {place} is not what it was at the commit in {path!r}, and shapes "
+        "moments. Nothing was changed. Set it back, or choose an empty moment_dir to start moments anew."
+    )
+
+
+def moment_device_error(place: Place, device: torch.device) -> RuntimeError:
+    """Make the error for moments that no file can hold."""
+    return RuntimeError(
+        f"{place} is on {device}, and moment_dir keeps moments of tables on the CPU. Nothing was changed. Keep the "
+        "table there, or give it to an optimizer without moment_dir."
+    )
+
+
+def mapped_dense_error(place: Place, path: str) -> RuntimeError:
+    """Make the error for a dense gradient of a table in a file."""
+    return RuntimeError(
+        f"the gradient of {place} is dense, and a step would write all of the table in {path!r}. No parameter was "
+        "changed. Make every use of the table sparse."
+    )
+
+
+def resize_files_error(place: Place) -> RuntimeError:
+    """Make the error for resizing what is in files."""
+    return RuntimeError(
+        f"resize() of {place} is for tables and moments in memory, and this optimizer has some in files, whose size is "
+        "fixed. Create the table with as many rows as it can come to have: those not touched cost nothing."
+    )
+
+
+def no_directory_error() -> RuntimeError:
+    """Make the error for a commit without files."""
+    return RuntimeError(
+        "checkpoint() commits tables and moments in files, and this optimizer has no moment_dir. Pass one when it is "
+        "built, or save state_dict()."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import rounding
-from ._memory import Part, slot_memory, zeros
+from ._memory import IndexedMemory, Part, SlotMemory, index_dtype, slot_memory, zeros
 from .history import LOG_BETA1, LOG_BETA2, History
 
 # Counted for the table as a whole; the last two are there only where their option is, or something was counted.
@@ -94,6 +94,8 @@ class Moments(MutableMapping[str, Any]):
         dtype: dtype in which the moments are computed.
         device: where they are kept.
         layout: what is kept.
+        memory: where they are kept, other than in memory that is made for them. What it holds is taken to be theirs
+            once ``num_slots`` says so and ``index_rows()`` has been called.
 
     State:
         ``step`` (int): steps of the table so far. ``rows`` int64 ``[num_slots]``: the row of each slot, in the order
@@ -131,6 +133,7 @@ class Moments(MutableMapping[str, Any]):
         dtype: torch.dtype,
         device: torch.device,
         layout: StateLayout = PLAIN,
+        memory: IndexedMemory | None = None,
     ) -> None:
         """Start at step 0 with no slots."""
         self.shape = shape
@@ -144,10 +147,12 @@ class Moments(MutableMapping[str, Any]):
         # Where the native backend can move them on: step, num_slots and num_skipped; log_decay.
         self._counters = array("q", (0, 0, 0))
         self._log_decay = array("d", (0.0,))
-        self._memory = slot_memory(self.num_rows, layout.parts(self.row_shape, dtype), device)
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
-        slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
-        self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
+        if memory is None:
+            self._memory = slot_memory(self.num_rows, layout.parts(self.row_shape, dtype), device)
+            self.slot_of_row = zeros(self.num_rows, index_dtype(self.num_rows), device)
+        else:
+            self._memory, self.slot_of_row = memory, memory.index
         # The steps that rows may have missed, where they are replayed.
         self.history = History(0) if layout.replays else None
         # What the native backend made of the table and these moments in its last general step.
@@ -212,6 +217,11 @@ class Moments(MutableMapping[str, Any]):
         """Slots that fit without growing."""
         return self._memory.capacity
 
+    @property
+    def memory(self) -> SlotMemory:
+        """What holds the slots."""
+        return self._memory
+
     def grow(self, num_slots: int) -> None:
         """Make room for ``num_slots`` slots, of which no table has more than it has rows."""
         num_slots = min(num_slots, self.num_rows)
@@ -262,12 +272,18 @@ class Moments(MutableMapping[str, Any]):
                 part.fill_(self.step)
             else:
                 part.copy_(parts[name])
-        slots = torch.arange(1, self.num_slots + 1, device=self.device)
-        self.slot_of_row[self.rows] = slots.to(self.slot_of_row.dtype)
+        self.index_rows()
 
-    def to_device(self, device: torch.device) -> Moments:
-        """Return the same state on another device."""
-        moved = Moments(self.shape, self.sparse_dim, self.dtype, device, self.layout)
+    def index_rows(self) -> None:
+        """Make the index of what ``rows`` says."""
+        for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
+            rows = self.rows[begin : begin + _SLOTS_AT_ONCE]
+            slots = torch.arange(begin + 1, begin + 1 + len(rows), device=self.device)
+            self.slot_of_row[rows] = slots.to(self.slot_of_row.dtype)
+
+    def moved(self, device: torch.device, memory: IndexedMemory | None = None) -> Moments:
+        """Return the same state on another device or in other memory."""
+        moved = Moments(self.shape, self.sparse_dim, self.dtype, device, self.layout, memory)
         moved.fill(self.parts(), self.history)
         return moved
 

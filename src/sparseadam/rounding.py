@@ -70,6 +70,18 @@ def random_bits(seed: int, stream: int, step: int, rows: Tensor, what: int, widt
     return x ^ (x >> 16)
 
 
+def element_bits(seed: int, rows: Tensor, width: int) -> Tensor:
+    """Return 32 random bits for each element of ``rows`` of a table, as int64 ``[len(rows), width]`` below 2**32.
+
+    A function of seed, row and element alone: SplitMix64's finaliser of a counter for the row's key and again for the
+    element, all in 64 bits, so that no two rows of a table of 10**9 are likely to be alike.
+    """
+    table_key = _signed(_mix64((seed + _GOLDEN64) & _MASK64))
+    row_keys = _mix64_each((rows + 1) * _signed(_GOLDEN64) + table_key)
+    elements = torch.arange(1, width + 1, dtype=torch.int64, device=rows.device)
+    return _shifted(_mix64_each(row_keys[:, None] + elements * _signed(_GOLDEN64)), 32)
+
+
 def _bits_of(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int32).to(torch.int64) & _MASK32
 

@@ -17,7 +17,7 @@ from .. import _validate
 from . import native, reference
 from ._types import RowsRead, RowUpdate, StepScalars, step_scalars
 from .native import SteadyStep, report_writes
-from .reference import decay_untouched, pay_decay
+from .reference import check_range, decay_untouched, pay_decay, rows_behind, touched_rows
 
 __all__ = [
     "BACKENDS",
@@ -29,12 +29,15 @@ __all__ = [
     "backends",
     "catch_up",
     "check_backend",
+    "check_range",
     "coalesce_rows",
     "decay_untouched",
     "list_tables",
     "pay_decay",
     "report_writes",
+    "rows_behind",
     "step_scalars",
+    "touched_rows",
     "update_rows",
 ]
 

@@ -193,6 +193,22 @@ def coalesce_rows(
     return rows, sums
 
 
+def initial_values(distribution: str, scale: float, seed: int, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return the values of ``rows``, int64 and contiguous, that ``initial.py`` describes, in float32 or float64."""
+    values = torch.empty((len(rows), width), dtype=dtype)
+    _module().initial_values(
+        distribution=distribution,
+        scale=scale,
+        seed=seed,
+        rows=rows.data_ptr(),
+        num_rows=len(rows),
+        width=width,
+        element_type=_element_type(dtype),
+        values=values.data_ptr(),
+    )
+    return values
+
+
 def can_coalesce(indices: Tensor, values: Tensor, sparse_shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether native code can sum these lookups in ``dtype``."""
     return (

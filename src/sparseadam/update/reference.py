@@ -32,11 +32,10 @@ def check_rows(updates: Sequence[RowUpdate]) -> None:
         RuntimeError: naming the first rows of a table that are behind, or whose summed gradient is not finite.
     """
     for update in updates:
-        _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
+        check_range(update)
     for update in updates:
         if update.moments.history is not None:
-            rows = torch.unique(_flat_rows(update.indices, update.table.shape[: update.moments.sparse_dim]))
-            behind = _rows_behind(update.moments, rows)
+            behind = rows_behind(update.moments, touched_rows(update))
             if len(behind) > 0:
                 raise _validate.behind_error(update.place, behind[:_ROWS_NAMED].tolist())
     for update in updates:
@@ -69,6 +68,21 @@ def coalesce_rows(
     lookups_by_row = values[order].to(dtype).reshape(len(rows), -1)
     grad = torch.segment_reduce(lookups_by_row, "sum", lengths=counts, axis=0)
     return touched, grad.reshape(len(touched), *values.shape[1:])
+
+
+def touched_rows(update: RowUpdate) -> Tensor:
+    """Return the rows that an update names, ascending, int64 ``[num_touched]``; their range has been checked."""
+    rows: Tensor = torch.unique(_flat_rows(update.indices, update.table.shape[: update.moments.sparse_dim]))
+    return rows
+
+
+def check_range(update: RowUpdate) -> None:
+    """Refuse an index outside its table.
+
+    Raises:
+        IndexError: naming the first one.
+    """
+    _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
 
 
 def _summed(update: RowUpdate) -> tuple[Tensor, Tensor]:
@@ -193,7 +207,7 @@ def _write_table(
 # Missed steps ---------------------------------------------------------------------------------------
 
 
-def _rows_behind(moments: Moments, rows: Tensor) -> Tensor:
+def rows_behind(moments: Moments, rows: Tensor) -> Tensor:
     """Return which of ``rows`` (distinct, inside the table) have missed steps that move them."""
     assert moments.history is not None, "only where missed steps are replayed"
     slots = moments.slot_of_row[rows].to(torch.int64) - 1
@@ -215,7 +229,7 @@ def catch_up(read: RowsRead) -> None:
     """
     moments = read.moments
     _validate.check_row_range(read.rows, moments.num_rows, read.place)
-    rows = _rows_behind(moments, torch.unique(read.rows))
+    rows = rows_behind(moments, torch.unique(read.rows))
     if len(rows) == 0:
         return
     slots = moments.claim_slots(rows)
