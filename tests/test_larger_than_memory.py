@@ -28,6 +28,7 @@ from sparseadam import SparseAdam, initialize_on_read, initialize_rows, memory_m
 from sparseadam._mapped_file import Bits
 from sparseadam.initial import Init
 from sparseadam.moments import Moments
+from sparseadam.undo_log import Records, UndoLog, log_path, roll_back
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files need posix_fallocate, so Linux")
 
@@ -421,6 +422,28 @@ def test_moments_in_files_of_a_table_in_memory_and_of_gradients_of_other_sparse_
     assert snapshot(files) == snapshot(memory)
 
 
+def test_a_table_of_which_every_row_is_touched_is_logged_in_every_step(tmp_path: Path) -> None:
+    # Its moments grow no more, so that of a table in memory steady steps would be taken.
+    def build() -> SparseAdam:
+        table = memory_mapped(tmp_path / "a.table", 5, 2)
+        return SparseAdam([nn.Parameter(table)], moment_dir=tmp_path / "moments")
+
+    def step(optimizer: SparseAdam) -> None:
+        table = optimizer.param_groups[0]["params"][0]
+        table.grad = torch.sparse_coo_tensor([[4, 0, 1, 2, 3]], torch.ones(5, 2), table.shape, check_invariants=True)
+        optimizer.step()
+
+    optimizer = build()
+    for _ in range(3):
+        step(optimizer)
+    optimizer.checkpoint()
+    committed = snapshot(optimizer)
+    for _ in range(3):
+        step(optimizer)
+    del optimizer
+    assert snapshot(build()) == committed
+
+
 def test_a_table_in_a_file_with_moments_in_memory(tmp_path: Path) -> None:
     table = nn.Parameter(memory_mapped(tmp_path / "a.table", NUM_ROWS, DIM))
     copied = nn.Parameter(table.detach().clone())
@@ -590,6 +613,34 @@ def test_what_no_commit_names_is_removed(tmp_path: Path) -> None:
     Training(tmp_path)
     names = sorted(path.name for path in (tmp_path / "moments").iterdir())
     assert names == ["commit.json", "moments-1", "undo-2.log", "values-2.pt"]
+    (tmp_path / "moments" / "moments-9").mkdir()
+    for stray in ("moments-9/rows", "undo-7.log", "values-3.pt", "commit.json.new"):
+        (tmp_path / "moments" / stray).write_text("of a commit that was not made")
+    Training(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "moments").iterdir()) == names
+
+
+def test_rounding_goes_on_with_the_seed_of_the_commit(tmp_path: Path) -> None:
+    def build(seed: int, moment_dir: Path | None) -> SparseAdam:
+        generator = torch.Generator().manual_seed(seed)
+        table = nn.Parameter(torch.ones(9, 4))
+        return SparseAdam([table], moment_dtype=torch.uint8, generator=generator, moment_dir=moment_dir)
+
+    def step(optimizer: SparseAdam) -> None:
+        table = optimizer.param_groups[0]["params"][0]
+        table.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 4) / 3, table.shape, check_invariants=True)
+        optimizer.step()
+
+    memory, files = build(1, None), build(1, tmp_path / "moments")
+    step(files)
+    files.checkpoint()
+    del files
+    files = build(2, tmp_path / "moments")
+    step(memory)
+    for _ in range(5):
+        step(memory)
+        step(files)
+    assert snapshot(files) == snapshot(memory)
 
 
 # A disk that is full, and other refusals of the system --------------------------------------------
@@ -957,6 +1008,40 @@ def what_a_page_has(names: Mapping[str, Any]) -> list[Any]:
 
 
 # The parts ----------------------------------------------------------------------------------------
+
+
+def test_the_log_is_read_up_to_what_is_torn(tmp_path: Path) -> None:
+    parts = [torch.arange(40, dtype=torch.uint8).view(10, 4), torch.arange(20, dtype=torch.uint8).view(10, 2)]
+    records = Records(7, parts)
+    log = UndoLog(str(tmp_path), 3)
+    log.append(records, torch.tensor([2, 5]))
+    path = Path(log_path(str(tmp_path), 3))
+    first = path.stat().st_size
+    log.append(records, torch.tensor([9]))
+    log.close()
+    content = path.read_bytes()
+    before = [part.clone() for part in parts]
+
+    def put_back(changed: bytes) -> set[int]:
+        """Write all records, and tell which ones come back."""
+        path.write_bytes(changed)
+        for part in parts:
+            part.fill_(255)
+        roll_back(str(tmp_path), 3, {7: records})
+        came_back = {number for number in range(10) if not bool((parts[0][number] == 255).any())}
+        for part, old in zip(parts, before, strict=True):
+            expected = torch.full_like(part, 255)
+            expected[sorted(came_back)] = old[sorted(came_back)]
+            assert torch.equal(part, expected)
+        return came_back
+
+    assert put_back(content) == put_back(content + b"undo") == {2, 5, 9}
+    for length in range(len(content)):
+        assert put_back(content[:length]) == (set() if length < first else {2, 5})
+    for place in range(first, len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 0x55
+        assert put_back(bytes(changed)) == {2, 5}
 
 
 def test_bits_are_set_one_by_one_in_any_order() -> None:
