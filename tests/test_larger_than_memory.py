@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 import sparseadam
 from sparseadam import SparseAdam, initialize_on_read, initialize_rows, memory_mapped
 from sparseadam._mapped_file import Bits
+from sparseadam.bench.control_group import limited_memory
+from sparseadam.bench.errors import BenchError
 from sparseadam.initial import Init
 from sparseadam.moments import Moments
 from sparseadam.undo_log import Records, UndoLog, log_path, roll_back
@@ -1072,3 +1075,69 @@ def test_killed_at_random_and_at_every_call_a_run_comes_back_to_its_last_checkpo
     kills = json.loads(done.stdout)
     assert sum(kills["random"].values()) >= 50
     assert all(kills["calls"][phase] > 0 for phase in ("opening", "stepping", "committing"))
+
+
+LIMITED_RUN = """
+import sys
+import zlib
+from pathlib import Path
+import torch
+from torch import nn
+import sparseadam
+from sparseadam.bench.control_group import ControlGroup
+
+torch.set_num_threads(1)
+place, group, is_first_version, num_rows, dim, rows_a_step = sys.argv[1:]
+num_rows, dim, rows_a_step = int(num_rows), int(dim), int(rows_a_step)
+
+def train(table, moment_dir):
+    embedding = nn.Embedding.from_pretrained(table, freeze=False, sparse=True)
+    sparseadam.initialize_on_read(embedding)
+    options = {"moment_dtype": torch.uint8, "second_moment": "row", "generator": torch.Generator().manual_seed(0)}
+    optimizer = sparseadam.SparseAdam(embedding.parameters(), lr=0.1, moment_dir=moment_dir, **options)
+    for begin in [*range(0, len(table), rows_a_step), 0]:
+        optimizer.zero_grad()
+        rows = torch.arange(begin, min(begin + rows_a_step, len(table)))
+        (embedding(rows) * (rows % 7)[:, None]).sum().backward()
+        optimizer.step()
+        if begin % (8 * rows_a_step) == 0:
+            optimizer.checkpoint()
+    return embedding.weight.detach()
+
+def open_table(name, num_rows):
+    return sparseadam.memory_mapped(f"{place}/{name}.table", num_rows, dim, init=("normal", 1.0))
+
+train(open_table("small", 100), f"{place}/small")  # code is loaded
+limited = ControlGroup(Path(group), is_first_version=is_first_version == "True")
+limited.enter()
+table = train(open_table("large", num_rows), f"{place}/large")
+sums = [zlib.crc32(table[begin : begin + rows_a_step].numpy()) for begin in range(0, num_rows, rows_a_step)]
+print(limited.peak_bytes())
+print(*sums)
+"""
+
+
+def test_training_on_a_table_three_times_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    limit, dim, rows_a_step = 48 << 20, 256, 2048
+    num_rows = 3 * limit // (4 * dim)
+    try:
+        with limited_memory(limit) as group:
+            arguments = [tmp_path, group.path, group.is_first_version, num_rows, dim, rows_a_step]
+            command = [sys.executable, "-c", LIMITED_RUN, *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True)
+    except BenchError as error:
+        pytest.skip(str(error))
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr}"
+    peak, sums = done.stdout.splitlines()
+    assert peak == "None" or int(peak) <= limit
+    expected = Init("normal", 1.0, 0).values(torch.arange(num_rows), dim, torch.float32)
+    table = nn.Parameter(expected)
+    options = {"moment_dtype": torch.uint8, "second_moment": "row", "generator": torch.Generator().manual_seed(0)}
+    optimizer = SparseAdam([table], lr=0.1, **options)
+    for begin in [*range(0, num_rows, rows_a_step), 0]:
+        rows = torch.arange(begin, min(begin + rows_a_step, num_rows))
+        values = (rows % 7)[:, None].float().expand(-1, dim)
+        table.grad = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=True)
+        optimizer.step()
+    stretches = [expected[begin : begin + rows_a_step] for begin in range(0, num_rows, rows_a_step)]
+    assert sums.split() == [str(zlib.crc32(stretch.numpy())) for stretch in stretches]
