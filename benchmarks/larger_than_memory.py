@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from common import Script, fits_in_memory, run
 from torch import Tensor, nn
 
 import sparseadam
+from sparseadam.bench.control_group import limited_memory, own_group
 from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import facts
 from sparseadam.bench.report import Column, Record, figure
@@ -75,55 +75,14 @@ def _measure_apart(options: argparse.Namespace, where: str, drawn: str) -> Recor
         command += [f"--{flag}", str(getattr(options, flag.replace("-", "_")))]
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         command += ["--directory", directory]
-        with control_group(options.limit * 2**20) if where == LIMITED else _no_group() as enter:
+        with limited_memory(options.limit * 2**20) if where == LIMITED else nullcontext() as group:
+            enter = None if group is None else group.enter
             done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
             if done.returncode != 0:
                 problem = done.stderr.strip()[-500:] or f"it ended with {done.returncode}"
                 raise BenchError(f"{NAMES[where]}: {problem}")
     record: Record = json.loads(done.stdout.partition("\n")[0])
     return record
-
-
-# The limit ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def control_group(limit: int) -> Iterator[object]:
-    """Make a memory control group below this process's own; yields what a child calls to enter it.
-
-    Needs root, or a group that was delegated. Version 1 and 2 differ in names only.
-    """
-    own, limit_file, swap_file = _own_group()
-    group = own / f"sparseadam-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / limit_file).write_text(str(limit))
-        if (group / swap_file).exists():
-            (group / swap_file).write_text(str(limit if "memsw" in swap_file else 0))
-    except OSError as error:
-        raise BenchError(
-            f"no limit of memory can be set here ({error}); it needs root and a memory control group."
-        ) from None
-    try:
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-    finally:
-        group.rmdir()
-
-
-def _own_group() -> tuple[Path, str, str]:
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return Path("/sys/fs/cgroup/memory") / path[1:], "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            return Path("/sys/fs/cgroup") / line[4:], "memory.max", "memory.swap.max"
-    raise BenchError("this system has no control groups.")
-
-
-@contextmanager
-def _no_group() -> Iterator[None]:
-    yield None
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
@@ -180,7 +139,7 @@ def _measure_here(options: argparse.Namespace) -> Record:
         "dim": WIDTH,
         "lookups": options.lookups,
         "limit_bytes": options.limit * 2**20 if where == LIMITED else None,
-        "peak_bytes": _peak_bytes() if where == LIMITED else None,
+        "peak_bytes": own_group().peak_bytes() if where == LIMITED else None,
         "table_bytes": num_rows * WIDTH * 4,
         "disk_bytes": sum(file.stat().st_blocks * 512 for file in files),
         "touching_seconds": touching,
@@ -202,15 +161,6 @@ def _draw(drawn: str, num_lookups: int, num_rows: int, generator: torch.Generato
         return torch.randint(num_rows, (num_lookups,), generator=generator)
     ranks = (float(num_rows) ** torch.rand(num_lookups, generator=generator, dtype=torch.float64)).to(torch.int64)
     return ranks * 2_654_435_761 % num_rows
-
-
-def _peak_bytes() -> int | None:
-    """Return the most memory that this process's group has used, where the system keeps it."""
-    group, _, _ = _own_group()
-    for name in ("memory.max_usage_in_bytes", "memory.peak"):
-        if (group / name).exists():
-            return int((group / name).read_text())
-    return None
 
 
 COLUMNS = (

@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
@@ -26,8 +27,11 @@ from torch import Tensor, nn
 import sparseadam
 from sparseadam import SparseAdam, initialize_on_read, initialize_rows, memory_mapped
 from sparseadam._mapped_file import Bits
+from sparseadam.bench.control_group import limited_memory
+from sparseadam.bench.errors import BenchError
 from sparseadam.initial import Init
 from sparseadam.moments import Moments
+from sparseadam.undo_log import Records, UndoLog, log_path, roll_back
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files need posix_fallocate, so Linux")
 
@@ -421,6 +425,28 @@ def test_moments_in_files_of_a_table_in_memory_and_of_gradients_of_other_sparse_
     assert snapshot(files) == snapshot(memory)
 
 
+def test_a_table_of_which_every_row_is_touched_is_logged_in_every_step(tmp_path: Path) -> None:
+    # Its moments grow no more, so that of a table in memory steady steps would be taken.
+    def build() -> SparseAdam:
+        table = memory_mapped(tmp_path / "a.table", 5, 2)
+        return SparseAdam([nn.Parameter(table)], moment_dir=tmp_path / "moments")
+
+    def step(optimizer: SparseAdam) -> None:
+        table = optimizer.param_groups[0]["params"][0]
+        table.grad = torch.sparse_coo_tensor([[4, 0, 1, 2, 3]], torch.ones(5, 2), table.shape, check_invariants=True)
+        optimizer.step()
+
+    optimizer = build()
+    for _ in range(3):
+        step(optimizer)
+    optimizer.checkpoint()
+    committed = snapshot(optimizer)
+    for _ in range(3):
+        step(optimizer)
+    del optimizer
+    assert snapshot(build()) == committed
+
+
 def test_a_table_in_a_file_with_moments_in_memory(tmp_path: Path) -> None:
     table = nn.Parameter(memory_mapped(tmp_path / "a.table", NUM_ROWS, DIM))
     copied = nn.Parameter(table.detach().clone())
@@ -590,6 +616,34 @@ def test_what_no_commit_names_is_removed(tmp_path: Path) -> None:
     Training(tmp_path)
     names = sorted(path.name for path in (tmp_path / "moments").iterdir())
     assert names == ["commit.json", "moments-1", "undo-2.log", "values-2.pt"]
+    (tmp_path / "moments" / "moments-9").mkdir()
+    for stray in ("moments-9/rows", "undo-7.log", "values-3.pt", "commit.json.new"):
+        (tmp_path / "moments" / stray).write_text("of a commit that was not made")
+    Training(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "moments").iterdir()) == names
+
+
+def test_rounding_goes_on_with_the_seed_of_the_commit(tmp_path: Path) -> None:
+    def build(seed: int, moment_dir: Path | None) -> SparseAdam:
+        generator = torch.Generator().manual_seed(seed)
+        table = nn.Parameter(torch.ones(9, 4))
+        return SparseAdam([table], moment_dtype=torch.uint8, generator=generator, moment_dir=moment_dir)
+
+    def step(optimizer: SparseAdam) -> None:
+        table = optimizer.param_groups[0]["params"][0]
+        table.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 4) / 3, table.shape, check_invariants=True)
+        optimizer.step()
+
+    memory, files = build(1, None), build(1, tmp_path / "moments")
+    step(files)
+    files.checkpoint()
+    del files
+    files = build(2, tmp_path / "moments")
+    step(memory)
+    for _ in range(5):
+        step(memory)
+        step(files)
+    assert snapshot(files) == snapshot(memory)
 
 
 # A disk that is full, and other refusals of the system --------------------------------------------
@@ -959,6 +1013,40 @@ def what_a_page_has(names: Mapping[str, Any]) -> list[Any]:
 # The parts ----------------------------------------------------------------------------------------
 
 
+def test_the_log_is_read_up_to_what_is_torn(tmp_path: Path) -> None:
+    parts = [torch.arange(40, dtype=torch.uint8).view(10, 4), torch.arange(20, dtype=torch.uint8).view(10, 2)]
+    records = Records(7, parts)
+    log = UndoLog(str(tmp_path), 3)
+    log.append(records, torch.tensor([2, 5]))
+    path = Path(log_path(str(tmp_path), 3))
+    first = path.stat().st_size
+    log.append(records, torch.tensor([9]))
+    log.close()
+    content = path.read_bytes()
+    before = [part.clone() for part in parts]
+
+    def put_back(changed: bytes) -> set[int]:
+        """Write all records, and tell which ones come back."""
+        path.write_bytes(changed)
+        for part in parts:
+            part.fill_(255)
+        roll_back(str(tmp_path), 3, {7: records})
+        came_back = {number for number in range(10) if not bool((parts[0][number] == 255).any())}
+        for part, old in zip(parts, before, strict=True):
+            expected = torch.full_like(part, 255)
+            expected[sorted(came_back)] = old[sorted(came_back)]
+            assert torch.equal(part, expected)
+        return came_back
+
+    assert put_back(content) == put_back(content + b"undo") == {2, 5, 9}
+    for length in range(len(content)):
+        assert put_back(content[:length]) == (set() if length < first else {2, 5})
+    for place in range(first, len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 0x55
+        assert put_back(bytes(changed)) == {2, 5}
+
+
 def test_bits_are_set_one_by_one_in_any_order() -> None:
     each = Bits(torch.zeros(Bits.num_bytes(100), dtype=torch.uint8))
     chosen = torch.tensor([99, 0, 7, 8, 9, 15, 63, 64])
@@ -987,3 +1075,69 @@ def test_killed_at_random_and_at_every_call_a_run_comes_back_to_its_last_checkpo
     kills = json.loads(done.stdout)
     assert sum(kills["random"].values()) >= 50
     assert all(kills["calls"][phase] > 0 for phase in ("opening", "stepping", "committing"))
+
+
+LIMITED_RUN = """
+import sys
+import zlib
+from pathlib import Path
+import torch
+from torch import nn
+import sparseadam
+from sparseadam.bench.control_group import ControlGroup
+
+torch.set_num_threads(1)
+place, group, is_first_version, num_rows, dim, rows_a_step = sys.argv[1:]
+num_rows, dim, rows_a_step = int(num_rows), int(dim), int(rows_a_step)
+
+def train(table, moment_dir):
+    embedding = nn.Embedding.from_pretrained(table, freeze=False, sparse=True)
+    sparseadam.initialize_on_read(embedding)
+    options = {"moment_dtype": torch.uint8, "second_moment": "row", "generator": torch.Generator().manual_seed(0)}
+    optimizer = sparseadam.SparseAdam(embedding.parameters(), lr=0.1, moment_dir=moment_dir, **options)
+    for begin in [*range(0, len(table), rows_a_step), 0]:
+        optimizer.zero_grad()
+        rows = torch.arange(begin, min(begin + rows_a_step, len(table)))
+        (embedding(rows) * (rows % 7)[:, None]).sum().backward()
+        optimizer.step()
+        if begin % (8 * rows_a_step) == 0:
+            optimizer.checkpoint()
+    return embedding.weight.detach()
+
+def open_table(name, num_rows):
+    return sparseadam.memory_mapped(f"{place}/{name}.table", num_rows, dim, init=("normal", 1.0))
+
+train(open_table("small", 100), f"{place}/small")  # code is loaded
+limited = ControlGroup(Path(group), is_first_version=is_first_version == "True")
+limited.enter()
+table = train(open_table("large", num_rows), f"{place}/large")
+sums = [zlib.crc32(table[begin : begin + rows_a_step].numpy()) for begin in range(0, num_rows, rows_a_step)]
+print(limited.peak_bytes())
+print(*sums)
+"""
+
+
+def test_training_on_a_table_three_times_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    limit, dim, rows_a_step = 48 << 20, 256, 2048
+    num_rows = 3 * limit // (4 * dim)
+    try:
+        with limited_memory(limit) as group:
+            arguments = [tmp_path, group.path, group.is_first_version, num_rows, dim, rows_a_step]
+            command = [sys.executable, "-c", LIMITED_RUN, *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True)
+    except BenchError as error:
+        pytest.skip(str(error))
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr}"
+    peak, sums = done.stdout.splitlines()
+    assert peak == "None" or int(peak) <= limit
+    expected = Init("normal", 1.0, 0).values(torch.arange(num_rows), dim, torch.float32)
+    table = nn.Parameter(expected)
+    options = {"moment_dtype": torch.uint8, "second_moment": "row", "generator": torch.Generator().manual_seed(0)}
+    optimizer = SparseAdam([table], lr=0.1, **options)
+    for begin in [*range(0, num_rows, rows_a_step), 0]:
+        rows = torch.arange(begin, min(begin + rows_a_step, num_rows))
+        values = (rows % 7)[:, None].float().expand(-1, dim)
+        table.grad = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=True)
+        optimizer.step()
+    stretches = [expected[begin : begin + rows_a_step] for begin in range(0, num_rows, rows_a_step)]
+    assert sums.split() == [str(zlib.crc32(stretch.numpy())) for stretch in stretches]

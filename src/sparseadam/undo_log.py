@@ -8,7 +8,7 @@ next commit writes ``undo-(n+1).log``, empty, and then replaces ``commit.json``:
 
 An entry of the log is::
 
-    magic "undo", file number (u32), records (u64), bytes of what follows (u64), CRC-32 of what follows (u32)
+    magic "undo", file number (u32), records (u64), bytes of what follows (u64), CRC-32 of all but itself (u32)
     records' numbers (i64 each), then, for each part of a record, the old contents of that part of all records
 
 little-endian. One that is incomplete or does not match its CRC is the last one, of whose records none was written yet.
@@ -34,7 +34,8 @@ COMMIT_FILE = "commit.json"
 COMMIT_MAGIC = "sparseadam moments"
 VERSION = 1
 
-_ENTRY = struct.Struct("<4sIQQI")
+_HEAD, _CRC = struct.Struct("<4sIQQ"), struct.Struct("<I")
+_ENTRY_BYTES = _HEAD.size + _CRC.size
 _ENTRY_MAGIC = b"undo"
 # Contents that are copied out of the files at a time.
 _MOST_BYTES = 8 << 20
@@ -81,13 +82,14 @@ class UndoLog:
 
     def _append_piece(self, records: Records, numbers: Tensor) -> None:
         num_bytes = [8, *(part.shape[1] for part in records.parts)]
-        entry = bytearray(_ENTRY.size + len(numbers) * sum(num_bytes))
-        body = memoryview(entry)[_ENTRY.size :]
+        entry = bytearray(_ENTRY_BYTES + len(numbers) * sum(num_bytes))
+        head, body = memoryview(entry)[: _HEAD.size], memoryview(entry)[_ENTRY_BYTES:]
         places = _split(body, len(numbers), num_bytes)
         places[0].view(torch.int64)[:, 0] = numbers
         for part, place in zip(records.parts, places[1:], strict=True):
             torch.index_select(part, 0, numbers, out=place)
-        _ENTRY.pack_into(entry, 0, _ENTRY_MAGIC, records.number, len(numbers), len(body), zlib.crc32(body))
+        _HEAD.pack_into(entry, 0, _ENTRY_MAGIC, records.number, len(numbers), len(body))
+        _CRC.pack_into(entry, _HEAD.size, zlib.crc32(body, zlib.crc32(head)))
         self._write(memoryview(entry))
 
     def _write(self, entry: memoryview) -> None:
@@ -95,9 +97,7 @@ class UndoLog:
         try:
             while done < len(entry):
                 done += os.pwrite(self._fd, entry[done:], self._end + done)
-        except OSError as error:
-            # Half an entry would hide those that follow it.
-            os.ftruncate(self._fd, self._end)
+        except OSError as error:  # the next entry goes over what there is of this one
             raise _validate.disk_full_error(self.path, len(entry), error) from None
         self._end += len(entry)
 
@@ -141,14 +141,14 @@ def roll_back(directory: str, commit: int, records: Mapping[int, Records]) -> bo
 def _entries(path: str) -> Iterator[tuple[int, int, memoryview]]:
     with open(path, "rb") as file:
         while True:
-            head = file.read(_ENTRY.size)
-            if len(head) < _ENTRY.size:
+            head, crc = file.read(_HEAD.size), file.read(_CRC.size)
+            if len(crc) < _CRC.size:
                 return
-            magic, number, count, num_bytes, crc = _ENTRY.unpack(head)
+            magic, number, count, num_bytes = _HEAD.unpack(head)
             if magic != _ENTRY_MAGIC or num_bytes > os.fstat(file.fileno()).st_size - file.tell():
                 return
             body = bytearray(file.read(num_bytes))
-            if len(body) < num_bytes or zlib.crc32(body) != crc:
+            if len(body) < num_bytes or zlib.crc32(body, zlib.crc32(head)) != _CRC.unpack(crc)[0]:
                 return
             yield number, count, memoryview(body)
 
