@@ -123,7 +123,8 @@ def _as_number(value: object, name: str) -> float:
         raise TypeError(f"{name} must be a number or a one-element Tensor, got {type(value).__name__}.") from None
 
 
-def _check_flag(value: object, name: str) -> bool:
+def check_flag(value: object, name: str) -> bool:
+    """Return an option that is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
@@ -256,7 +257,7 @@ def _read_options(
     layout = StateLayout(
         stored_dtype=check_moment_dtype(moment_dtype),
         one_exp_avg_sq_a_row=check_choice(second_moment, "second_moment") == "row",
-        amsgrad=_check_flag(amsgrad, "amsgrad"),
+        amsgrad=check_flag(amsgrad, "amsgrad"),
         row_steps=check_choice(bias_correction, "bias_correction") == "row",
         owes_decay=check_choice(weight_decay_mode, "weight_decay_mode") == "exact",
     )
@@ -265,11 +266,11 @@ def _read_options(
         beta1=beta1,
         beta2=beta2,
         eps=check_eps(eps),
-        maximize=_check_flag(maximize, "maximize"),
-        torch_eps=_check_flag(torch_eps, "torch_eps"),
+        maximize=check_flag(maximize, "maximize"),
+        torch_eps=check_flag(torch_eps, "torch_eps"),
         weight_decay=check_weight_decay(weight_decay),
         nonfinite=check_choice(nonfinite, "nonfinite"),
-        stochastic_rounding=_check_flag(stochastic_rounding, "stochastic_rounding"),
+        stochastic_rounding=check_flag(stochastic_rounding, "stochastic_rounding"),
         seed=None if seed is None else _check_seed(seed),
         dense_gradients=check_choice(dense_gradients, "dense_gradients"),
         layout=layout,
@@ -529,6 +530,14 @@ def row_error(place: Place | str, sparse_shape: Sequence[int], dim: int, index: 
     return IndexError(
         f"the gradient of {place} names {what}, but its table has {held}. "
         "No row was changed. Check the ids that are looked up, or build the table with more rows."
+    )
+
+
+def row_assertion(place: Place) -> str:
+    """Write what a device-side assertion says of an index outside a table."""
+    return (
+        f"the gradient of {place} names a row outside its table. Pass strict=True to SparseAdam, which waits for the "
+        "device before each step, to be told which."
     )
 
 

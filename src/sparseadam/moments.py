@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import rounding
+from ._device_counts import DeviceCounts
 from ._memory import Part, slot_memory, zeros
 
 # Counted for the table as a whole; the last two are there only where their option is, or something was counted.
@@ -98,6 +99,7 @@ class Moments(MutableMapping[str, Any]):
 
     __slots__ = (
         "_counters",
+        "_device_counts",
         "_log_decay",
         "_memory",
         "device",
@@ -132,6 +134,8 @@ class Moments(MutableMapping[str, Any]):
         # Where the native backend can move them on: step, num_slots and num_skipped; log_decay.
         self._counters = array("q", (0, 0, 0))
         self._log_decay = array("d", (0.0,))
+        # Where steps count on the device, from which the two counters above are read when somebody asks.
+        self._device_counts: DeviceCounts | None = None
         self._memory = slot_memory(self.num_rows, layout.parts(self.row_shape, dtype), device)
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
@@ -151,20 +155,40 @@ class Moments(MutableMapping[str, Any]):
     @property
     def num_slots(self) -> int:
         """Slots in use."""
+        self._read_device_counts()
         return self._counters[1]
 
     @num_slots.setter
     def num_slots(self, num_slots: int) -> None:
+        self._take_counts_back()
         self._counters[1] = num_slots
 
     @property
     def num_skipped(self) -> int:
         """How often a row was left as it was because its gradient was not finite."""
+        self._read_device_counts()
         return self._counters[2]
 
     @num_skipped.setter
     def num_skipped(self, num_skipped: int) -> None:
+        self._take_counts_back()
         self._counters[2] = num_skipped
+
+    @property
+    def device_counts(self) -> DeviceCounts:
+        """Slots in use and rows skipped as counters on the device, for steps that count there from now on."""
+        if self._device_counts is None:
+            self._device_counts = DeviceCounts(self._counters[1], self._counters[2], self.device)
+        return self._device_counts
+
+    def _read_device_counts(self) -> None:
+        if self._device_counts is not None:
+            self._counters[1], self._counters[2] = self._device_counts.read()
+
+    def _take_counts_back(self) -> None:
+        """Count on the host from now on."""
+        self._read_device_counts()
+        self._device_counts = None
 
     @property
     def log_decay(self) -> float:
@@ -178,6 +202,7 @@ class Moments(MutableMapping[str, Any]):
     @property
     def counter_addresses(self) -> tuple[int, int]:
         """Where three int64 (step, num_slots, num_skipped) and a double (log_decay) stand while these moments live."""
+        self._take_counts_back()
         return self._counters.buffer_info()[0], self._log_decay.buffer_info()[0]
 
     @property
@@ -204,9 +229,14 @@ class Moments(MutableMapping[str, Any]):
             self._memory.grow(num_slots)
             self.native_table = None
 
+    def make_room(self, num_lookups: int) -> None:
+        """Make room for the rows of a step that counts them on the device, waiting for it only if there may be none."""
+        if self.device_counts.most_slots() + num_lookups > self.capacity < self.num_rows:
+            self.grow(self.num_slots + num_lookups)
+
     def slot_parts(self) -> dict[str, Tensor]:
         """Return what is kept for each slot, by name; those of one record share a storage."""
-        return self._memory.all_parts(self.num_slots)
+        return self.memory_of(self.num_slots)
 
     def parts(self) -> dict[str, Any]:
         """Return the state by the names of its parts."""
@@ -215,7 +245,11 @@ class Moments(MutableMapping[str, Any]):
 
     def whole_memory(self) -> dict[str, Tensor]:
         """Return what is kept for every slot there is room for, by name."""
-        return self._memory.all_parts(self._memory.capacity)
+        return self.memory_of(self._memory.capacity)
+
+    def memory_of(self, num_slots: int) -> dict[str, Tensor]:
+        """Return what is kept for the first ``num_slots`` slots there is room for, used or not, by name."""
+        return self._memory.all_parts(num_slots)
 
     def claim_slots(self, rows: Tensor) -> Tensor:
         """Return the slot of each of ``rows`` (distinct, ascending, inside the table), giving new ones where needed."""

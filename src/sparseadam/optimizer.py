@@ -178,6 +178,7 @@ class SparseAdam(torch.optim.Optimizer):
         nonfinite: str = "propagate",
         torch_eps: bool = False,
         backend: str | None = None,
+        strict: bool = False,
     ) -> None:
         """Check all arguments; see the class for what they mean."""
         defaults = {
@@ -200,6 +201,7 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_generator(generator)
         update.check_backend(backend)
         self._backend = backend
+        self._strict = _validate.check_flag(strict, "strict")
         self._generator = generator
         # Groups are added one by one below; faults of all of them are then reported together.
         self._is_built = False
@@ -287,7 +289,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _step_generally(self, options: list[GroupOptions]) -> None:
         updates, dense_updates = self._gather_updates(options)
         if updates:
-            update.update_rows(updates, self._backend)
+            update.update_rows(updates, self._backend, strict=self._strict)
         for done in updates:
             self.state[done.table] = done.moments
         self._update_dense(dense_updates, options)
@@ -618,7 +620,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the backend's name along with what PyTorch keeps."""
-        own = {"_backend": self._backend, "_is_built": self._is_built, "_seed": self._seed}
+        own = {"_backend": self._backend, "_strict": self._strict, "_is_built": self._is_built, "_seed": self._seed}
         return super().__getstate__() | own
 
 

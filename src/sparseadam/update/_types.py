@@ -13,6 +13,9 @@ from ..moments import Moments
 # How backends are told what to do about rows whose gradient is not finite.
 NONFINITE = {"propagate": 0, "error": 1, "skip": 2}
 
+# Rows that an error about them names.
+ROWS_NAMED = 5
+
 
 class StepScalars(NamedTuple):
     """The numbers of one table's step, in double precision.

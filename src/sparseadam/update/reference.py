@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +16,24 @@ from torch import Tensor
 from .. import _validate, rounding
 from .._validate import Place
 from ..moments import Moments, StateLayout
-from ._types import NONFINITE, RowUpdate, StepScalars, bias_corrections
+from ._types import NONFINITE, ROWS_NAMED, RowUpdate, StepScalars, bias_corrections
 
-# Rows that an error names.
-_ROWS_NAMED = 5
 _ROWS_AT_ONCE = 1 << 16
 
 
-def check_rows(updates: Sequence[RowUpdate]) -> None:
+class SummedRows(NamedTuple):
+    """The touched rows of a table, ascending, int64 ``[num_touched]``, and their gradients, ``[num_touched, ...]``."""
+
+    rows: Tensor
+    grad: Tensor
+
+
+@torch.no_grad()
+def check_rows(updates: Sequence[RowUpdate]) -> list[SummedRows | None]:
     """Refuse an index outside its table, and what is not finite where that is asked for.
+
+    Returns:
+        For each update, its sums if they had to be looked at.
 
     Raises:
         IndexError: naming the first table with a bad index, and the index.
@@ -31,12 +41,17 @@ def check_rows(updates: Sequence[RowUpdate]) -> None:
     """
     for update in updates:
         _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
-    for update in updates:
-        if update.scalars.nonfinite == NONFINITE["error"] and update.num_lookups > 0:
-            rows, grad = _summed(update)
-            bad = rows[~_is_finite(grad)]
-            if len(bad) > 0:
-                raise _validate.nonfinite_error(update.place, bad[:_ROWS_NAMED].tolist())
+    return [_check_finite(update) if update.num_lookups > 0 else None for update in updates]
+
+
+def _check_finite(update: RowUpdate) -> SummedRows | None:
+    if update.scalars.nonfinite != NONFINITE["error"]:
+        return None
+    summed = _summed(update)
+    bad = summed.rows[~_is_finite(summed.grad)]
+    if len(bad) > 0:
+        raise _validate.nonfinite_error(update.place, bad[:ROWS_NAMED].tolist())
+    return summed
 
 
 def coalesce_rows(
@@ -58,9 +73,9 @@ def coalesce_rows(
     return touched, grad.reshape(len(touched), *values.shape[1:])
 
 
-def _summed(update: RowUpdate) -> tuple[Tensor, Tensor]:
+def _summed(update: RowUpdate) -> SummedRows:
     sparse_shape = update.table.shape[: update.moments.sparse_dim]
-    return coalesce_rows(update.indices, update.values, sparse_shape, update.moments.dtype)
+    return SummedRows(*coalesce_rows(update.indices, update.values, sparse_shape, update.moments.dtype))
 
 
 def _is_finite(grad: Tensor) -> Tensor:
@@ -69,18 +84,18 @@ def _is_finite(grad: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_rows(updates: Sequence[RowUpdate]) -> None:
-    """Update the touched rows of each table, their moments and counters in place; ``check_rows`` has passed."""
-    for update in updates:
+def update_rows(updates: Sequence[RowUpdate], summed: Sequence[SummedRows | None]) -> None:
+    """Update the touched rows of each table, their moments and counters in place; ``check_rows`` gave the sums."""
+    for update, known in zip(updates, summed, strict=True):
         if update.num_lookups > 0:
-            _update_table(update)
+            _update_table(update, known or _summed(update))
         update.moments.step += 1
         update.moments.log_decay += update.scalars.log_decay
 
 
-def _update_table(update: RowUpdate) -> None:
+def _update_table(update: RowUpdate, summed: SummedRows) -> None:
     moments, scalars = update.moments, update.scalars
-    rows, grad = _summed(update)
+    rows, grad = summed
     if scalars.nonfinite == NONFINITE["skip"]:
         is_finite = _is_finite(grad)
         moments.num_skipped += len(rows) - int(is_finite.sum())
