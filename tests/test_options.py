@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, num_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import OracleTable, read_state
@@ -281,7 +281,7 @@ class Judged:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(run=runs())
 def test_any_options_agree_with_the_oracle_after_every_step_and_flush(
     backend: str, run: tuple[list[Case], list[Turn], int]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, num_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshot import bits, snapshot, state_bits
@@ -966,7 +966,7 @@ calls = st.one_of(
 
 @each_memory
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100)
+@settings(max_examples=num_examples(100))
 @given(
     rule=st.sampled_from(sorted(RULES)),
     num_rows=st.integers(0, 8),

@@ -73,10 +73,9 @@ def list_rows(segments, begins, num_lookups: tl.int64, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _touched_rows(sorted_rows, segments, begins, num_lookups, num_rows, BLOCK_ROWS: tl.constexpr):
+def _touched_rows(sorted_rows, begins, num_touched, num_rows, BLOCK_ROWS: tl.constexpr):
     """Return, for this program's touched rows, which there are, their rows, and where their lookups begin and end."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    num_touched = tl.load(segments + num_lookups - 1)
     is_row = r < num_touched
     begin = tl.load(begins + r, mask=is_row, other=0)
     end = tl.load(begins + r + 1, mask=is_row, other=0)
@@ -92,9 +91,7 @@ def _summed(values, order, begin, end, columns, is_element, width, dtype: tl.con
         position = begin + offset
         is_lookup = position < end
         lookup = tl.load(order + position, mask=is_lookup, other=0)
-        value = tl.load(
-            values + lookup[:, None] * width + columns, mask=is_lookup[:, None] & is_element, other=0.0
-        )
+        value = tl.load(values + lookup[:, None] * width + columns, mask=is_lookup[:, None] & is_element, other=0.0)
         total += rounding.widen(value, dtype)
     return total
 
@@ -122,7 +119,10 @@ def find_rows(
     ``is_new`` and ``is_finite`` are int8 ``[num_lookups]``, of which as many are written as rows are touched; rows that
     are not finite are not new. The launcher has set them to 0 and 1.
     """
-    r, is_row, row, begin, end = _touched_rows(sorted_rows, segments, begins, num_lookups, num_rows, BLOCK_ROWS)
+    num_touched = tl.load(segments + num_lookups - 1)
+    if tl.program_id(0).to(tl.int64) * BLOCK_ROWS >= num_touched:
+        return  # there are programs for as many rows as there are lookups
+    r, is_row, row, begin, end = _touched_rows(sorted_rows, begins, num_touched, num_rows, BLOCK_ROWS)
     end = tl.where(is_row, end, begin)
     wants_slot = tl.load(slot_of_row + row, mask=is_row, other=1) == 0
     if LOOKS:
@@ -255,7 +255,10 @@ def update_rows(
     moments are stored as codes, ``BLOCK_WIDTH`` is the length of the blocks that share a scale, or all of a shorter
     row. ``num_rows`` and ``width`` are the table's, strides are in elements.
     """
-    r, is_row, row, begin, end = _touched_rows(sorted_rows, segments, begins, num_lookups, num_rows, BLOCK_ROWS)
+    num_touched = tl.load(segments + num_lookups - 1)
+    if tl.program_id(0).to(tl.int64) * BLOCK_ROWS >= num_touched:
+        return  # there are programs for as many rows as there are lookups
+    r, is_row, row, begin, end = _touched_rows(sorted_rows, begins, num_touched, num_rows, BLOCK_ROWS)
     if SKIPS:
         is_row = is_row & (tl.load(is_finite + r, mask=is_row, other=0) != 0)
     end = tl.where(is_row, end, begin)

@@ -25,12 +25,14 @@ from ..moments import Moments, StateLayout
 from ._in_place import report_writes, row_stride, stride_refusal
 from ._types import NONFINITE, ROWS_NAMED, RowUpdate
 
-# Elements of the block that a program updates at a time, and the widest one; blocks are powers of two.
+# Elements that a program has in hand at a time, and the widest block of them; both are powers of two. What they are on
+# a GPU is a guess of which none has been timed. The interpreter takes its time for each operation, whatever its size.
 _BLOCK_ELEMENTS = 512
+_INTERPRETED_BLOCK_ELEMENTS = 1 << 17
 _MAX_BLOCK_WIDTH = 512
-# The interpreter takes its time for each operation, whatever its size.
-_INTERPRETED_BLOCK_ELEMENTS = 8192
-_LOOKUPS_PER_PROGRAM = 1024
+
+# Contraction is off, so that the bits are those of the other backends.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 # What of a state's layout these kernels keep.
 _KNOWN_LAYOUT = frozenset({"stored_dtype", "one_exp_avg_sq_a_row", "amsgrad", "row_steps", "owes_decay"})
@@ -166,24 +168,25 @@ def _list_rows(update: RowUpdate) -> TouchedRows:
     is_first = torch.ones(num_lookups, dtype=torch.bool, device=rows.device)
     torch.ne(sorted_rows[1:], sorted_rows[:-1], out=is_first[1:])
     segments = is_first.cumsum(0)
+    block = _block_length(num_lookups, 1)
     begins = torch.empty(num_lookups + 1, dtype=torch.int64, device=rows.device)
     _launch(
         "list_rows",
-        -(-num_lookups // _LOOKUPS_PER_PROGRAM),
+        _num_programs(num_lookups, block),
         rows.device,
         segments=segments,
         begins=begins,
         num_lookups=num_lookups,
-        BLOCK=_LOOKUPS_PER_PROGRAM,
+        BLOCK=block,
     )
     is_new = torch.zeros(num_lookups, dtype=torch.int8, device=rows.device)
     looks = update.scalars.nonfinite != NONFINITE["propagate"]
     is_finite = torch.ones_like(is_new) if looks else None
     touched = TouchedRows(update, sorted_rows, order, segments, begins, is_new, is_finite)
-    blocks = _blocks(moments)
+    blocks = _blocks(moments, num_lookups)
     _launch(
         "find_rows",
-        _num_programs(num_lookups, blocks),
+        _num_programs(num_lookups, blocks["BLOCK_ROWS"]),
         rows.device,
         sorted_rows=sorted_rows,
         order=order,
@@ -238,7 +241,7 @@ def _update_table(touched: TouchedRows) -> None:
     moments, scalars, num_lookups = update.moments, update.scalars, update.num_lookups
     counts = moments.device_counts
     new_counts = touched.is_new.cumsum(0, dtype=torch.int64)
-    blocks = _blocks(moments)
+    blocks = _blocks(moments, num_lookups)
     numbers = {
         name: getattr(scalars, name)
         for name in (
@@ -257,7 +260,7 @@ def _update_table(touched: TouchedRows) -> None:
     numbers["log_decay"] = moments.log_decay + scalars.log_decay
     _launch(
         "update_rows",
-        _num_programs(num_lookups, blocks),
+        _num_programs(num_lookups, blocks["BLOCK_ROWS"]),
         update.table.device,
         sorted_rows=touched.sorted_rows,
         order=touched.order,
@@ -326,20 +329,26 @@ def _parts(moments: Moments, num_slots: int) -> dict[str, Any]:
     return {**{name: parts.get(name) for name in _PARTS}, **strides}
 
 
-def _blocks(moments: Moments) -> dict[str, int]:
+def _blocks(moments: Moments, num_lookups: int) -> dict[str, int]:
     """Return the block that a program updates at a time."""
     widest = rounding.BLOCK_SIZE if moments.layout.stored_dtype is torch.uint8 else _MAX_BLOCK_WIDTH
-    elements = _INTERPRETED_BLOCK_ELEMENTS if is_interpreted() else _BLOCK_ELEMENTS
     block_width = min(_next_power_of_two(moments.width), widest)
-    return {"BLOCK_ROWS": max(1, elements // block_width), "BLOCK_WIDTH": block_width}
+    return {"BLOCK_ROWS": _block_length(num_lookups, block_width), "BLOCK_WIDTH": block_width}
+
+
+def _block_length(num_lookups: int, width: int) -> int:
+    """Return how many rows or lookups a program has in hand at a time."""
+    if not is_interpreted():
+        return max(1, _BLOCK_ELEMENTS // width)
+    return max(1, min(_INTERPRETED_BLOCK_ELEMENTS // width, _next_power_of_two(num_lookups)))
 
 
 def _next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _num_programs(num_rows: int, blocks: dict[str, int]) -> int:
-    return -(-num_rows // blocks["BLOCK_ROWS"])
+def _num_programs(count: int, count_of_each: int) -> int:
+    return -(-count // count_of_each)
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -358,9 +367,8 @@ def _bits(number: float) -> int:
 
 
 def _launch(name: str, num_programs: int, device: torch.device, **arguments: Any) -> None:
-    """Queue a kernel. Contraction is off, so that its bits are those of the other backends."""
     with _running_on(device):
-        getattr(_kernels(), name)[(num_programs,)](**arguments, enable_fp_fusion=False)
+        getattr(_kernels(), name)[(num_programs,)](**arguments, **COMPILE_OPTIONS)
 
 
 @contextlib.contextmanager
