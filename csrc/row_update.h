@@ -88,6 +88,7 @@ struct TableMemory {
   int64_t width;
   uint64_t random_key;  // of the table's step
   double log_decay;     // what a row owes that has paid nothing, this step included
+  const int64_t* row_names;  // what random bits know the rows by; nullptr where by their place in the table
 };
 
 // Rows to update: row r of the run has the lookups sorted[begins[r]] .. sorted[ends[r] - 1] and the moments at

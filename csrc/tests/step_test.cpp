@@ -137,7 +137,7 @@ struct TableData {
     memory.exp_avg_sq_stride = 2 * spec.width;
     return {table.data(),      spec.width,  spec.element, spec.sparse_shape,
             num_rows_of(spec), spec.width,  memory,       slot_of_row.data(),
-            spec.wide_slots,   rows.data(), false,        0};
+            spec.wide_slots,   rows.data(), false,        0,           nullptr};
   }
 };
 

@@ -31,6 +31,7 @@ GROUP_OPTIONS = (
     "bias_correction",
     "second_moment",
     "moment_dtype",
+    "moment_device",
     "stochastic_rounding",
     "dense_gradients",
     "nonfinite",
@@ -97,7 +98,12 @@ class GroupOptions(NamedTuple):
     stochastic_rounding: bool
     seed: int | None
     dense_gradients: str
+    moment_device: str | None
     layout: StateLayout
+
+    def device_of_moments(self, table: Tensor) -> torch.device:
+        """Return where the moments of a table are kept."""
+        return table.device if self.moment_device is None else torch.device(self.moment_device)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -194,6 +200,15 @@ def check_moment_dtype(value: object) -> torch.dtype | None:
     return value
 
 
+def check_moment_device(value: object) -> str | None:
+    """Return ``moment_device``: None or ``"cpu"``."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"moment_device must be 'cpu' or None, got {value!r}.")
+    if value not in (None, "cpu"):
+        raise ValueError(f"Invalid moment_device: {value!r}. Choose 'cpu', or None for the table's own device.")
+    return value
+
+
 def rounds_stochastically(group: Mapping[str, Any]) -> bool:
     """Whether a group with these options needs a seed."""
     return group["stochastic_rounding"] is True or group["moment_dtype"] is not None
@@ -247,6 +262,7 @@ def _read_options(
     bias_correction: object,
     second_moment: object,
     moment_dtype: object,
+    moment_device: object,
     stochastic_rounding: object,
     dense_gradients: object,
     nonfinite: object,
@@ -273,6 +289,7 @@ def _read_options(
         stochastic_rounding=check_flag(stochastic_rounding, "stochastic_rounding"),
         seed=None if seed is None else _check_seed(seed),
         dense_gradients=check_choice(dense_gradients, "dense_gradients"),
+        moment_device=check_moment_device(moment_device),
         layout=layout,
     )
     _check_together(options)

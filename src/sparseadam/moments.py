@@ -107,6 +107,7 @@ class Moments(MutableMapping[str, Any]):
         "layout",
         "native_table",
         "num_rows",
+        "row_names",
         "row_shape",
         "shape",
         "slot_of_row",
@@ -140,6 +141,8 @@ class Moments(MutableMapping[str, Any]):
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
+        # What each row is called in ``rows`` and to random bits; None where by its place, as in a whole table.
+        self.row_names: Tensor | None = None
         # What the native backend made of the table and these moments in its last general step.
         self.native_table: object | None = None
 
@@ -261,8 +264,34 @@ class Moments(MutableMapping[str, Any]):
         new_slots = torch.arange(first, self.num_slots, device=self.device)
         slots[is_new] = new_slots
         self.slot_of_row[new_rows] = (new_slots + 1).to(self.slot_of_row.dtype)
-        self.rows[first:] = new_rows
+        self.rows[first:] = self.names_of(new_rows)
         return slots
+
+    def names_of(self, rows: Tensor) -> Tensor:
+        """Return what rows are called in ``rows`` and to random bits."""
+        return rows if self.row_names is None else self.row_names[rows]
+
+    def of_rows(self, rows: Tensor) -> Moments:
+        """Return the same state for a table of some rows of this one's alone, for a step on a copy of them.
+
+        Memory and counters are shared. ``take_slots`` ends it.
+
+        Args:
+            rows: int64 ``[num_touched]``, distinct and inside the table.
+        """
+        self._take_counts_back()
+        self.grow(self.num_slots + len(rows))
+        part = Moments.__new__(Moments)
+        for name in Moments.__slots__:
+            setattr(part, name, getattr(self, name))
+        part.shape, part.sparse_dim, part.num_rows = torch.Size((len(rows), *self.row_shape)), 1, len(rows)
+        part.slot_of_row, part.row_names = self.slot_of_row[rows], rows
+        part.native_table = None
+        return part
+
+    def take_slots(self, part: Moments) -> None:
+        """Take over the slots that new rows of ``part`` were given, which ``of_rows`` returned."""
+        self.slot_of_row[part.row_names] = part.slot_of_row
 
     def fill(self, parts: Mapping[str, Any]) -> None:
         """Take over a saved state; rows keep their order. Only for moments that have no slots yet."""

@@ -172,6 +172,7 @@ class SparseAdam(torch.optim.Optimizer):
         bias_correction: str = "table",
         second_moment: str = "element",
         moment_dtype: torch.dtype | None = None,
+        moment_device: str | None = None,
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
         dense_gradients: str = "error",
@@ -192,6 +193,7 @@ class SparseAdam(torch.optim.Optimizer):
             "bias_correction": bias_correction,
             "second_moment": second_moment,
             "moment_dtype": moment_dtype,
+            "moment_device": moment_device,
             "stochastic_rounding": stochastic_rounding,
             "dense_gradients": dense_gradients,
             "nonfinite": nonfinite,
@@ -330,7 +332,7 @@ class SparseAdam(torch.optim.Optimizer):
                 check_gradient(table, grad, place)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
-                moments = self._fitting_moments(table, sparse_dim, place, options[group_index].layout)
+                moments = self._fitting_moments(table, sparse_dim, place, options[group_index])
                 check_values(values, num_lookups, moments.row_shape, place)
                 indices, values = indices.contiguous(), values.contiguous()
                 scalars = step_scalars(options[group_index], moments.step + 1)
@@ -341,28 +343,29 @@ class SparseAdam(torch.optim.Optimizer):
     def _check_dense(self, parameter: Tensor, grad: Tensor, place: Place, options: GroupOptions) -> DenseUpdate:
         state = self.state.get(parameter)
         if isinstance(state, Moments):
-            state = self._fitting_moments(parameter, state.sparse_dim, place, options.layout)
+            state = self._fitting_moments(parameter, state.sparse_dim, place, options)
         return dense.check_update(parameter, grad, state, place, options)
 
-    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, layout: StateLayout) -> Moments:
+    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, options: GroupOptions) -> Moments:
         """Return moments that fit a table: its own, regrouped, moved or read where need be, or new ones.
 
         They enter the state when their step is done.
         """
-        moments = self._moments_of(table, place, layout)
+        moments = self._moments_of(table, place, options)
+        device = options.device_of_moments(table)
         if moments is None:
-            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
+            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), device, options.layout)
         if moments.dtype is not moment_dtype(table.dtype):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
-        if moments.device != table.device:
-            moments = moments.to_device(table.device)
+        if moments.device != device:
+            moments = moments.to_device(device)
         if moments.sparse_dim != sparse_dim:
-            if moments.num_slots > 0 and not layout.is_elementwise:
+            if moments.num_slots > 0 and not options.layout.is_elementwise:
                 raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
             moments = moments.with_sparse_dim(sparse_dim)
         return moments
 
-    def _moments_of(self, table: Tensor, place: Place, layout: StateLayout) -> Moments | None:
+    def _moments_of(self, table: Tensor, place: Place, options: GroupOptions) -> Moments | None:
         """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
         state = self.state.get(table)
         if not state:
@@ -370,9 +373,9 @@ class SparseAdam(torch.optim.Optimizer):
         if isinstance(state, Moments):
             moments = state
         else:  # a plain mapping put there from outside, as code that moves states between devices does
-            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
-        if moments.layout != layout:
-            raise _validate.layout_change_error(place, moments.layout, layout)
+            moments = checkpoint.read_state(state, table, place, options, is_compact=False)
+        if moments.layout != options.layout:
+            raise _validate.layout_change_error(place, moments.layout, options.layout)
         if moments.shape != table.shape:
             raise _validate.moment_shape_error(place, moments.shape, table.shape)
         return moments
@@ -382,7 +385,7 @@ class SparseAdam(torch.optim.Optimizer):
         state = self.state.get(param)
         if dense.keeps_state(state, param, options):
             return state
-        return self._moments_of(param, place, options.layout)
+        return self._moments_of(param, place, options)
 
     def flush(self) -> None:
         """Apply the weight decay that rows owe, in groups with ``weight_decay_mode="exact"``, to whole tables.
@@ -615,7 +618,7 @@ class SparseAdam(torch.optim.Optimizer):
                 if dense.keeps_state(state, table, options):
                     read[table] = dense.read_state(state, table, place, amsgrad=options.layout.amsgrad)
                 else:
-                    read[table] = checkpoint.read_state(state, table, place, options.layout, is_compact=is_compact)
+                    read[table] = checkpoint.read_state(state, table, place, options, is_compact=is_compact)
         return read
 
     def __getstate__(self) -> dict[str, Any]:

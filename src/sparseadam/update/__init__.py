@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _validate
-from . import native, reference, triton
+from . import host, native, reference, triton
 from ._in_place import report_writes
 from ._types import RowUpdate, StepScalars, step_scalars
 from .native import SteadyStep
@@ -107,7 +107,17 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
         RuntimeError: the named backend cannot update a table; the message says why.
     """
     updates_of: dict[str, list[RowUpdate]] = {name: [] for name in BACKENDS}
+    visits = []
     for update in updates:
+        if host.is_apart(update):
+            if backend == "triton":
+                reason = f"its kernels need the moments beside the table, and they are on {update.moments.device}"
+                raise _validate.backend_error(update.place, "triton", reason)
+            if update.num_lookups == 0:  # counts a step and moves nothing
+                updates_of["reference"].append(update)
+                continue
+            visits.append(host.fetch_rows(update))
+            update = visits[-1].update
         updates_of[_choose(update, backend)].append(update)
     summed = reference.check_rows(updates_of["reference"])
     touched = triton.check_rows(updates_of["triton"], strict=strict)
@@ -117,6 +127,8 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
         triton.update_rows(touched, updates_of["triton"])
     if updates_of["reference"]:
         reference.update_rows(updates_of["reference"], summed)
+    for visit in visits:
+        host.bring_back(visit)
 
 
 def list_tables(

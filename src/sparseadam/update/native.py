@@ -112,7 +112,8 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
         table_index, bad_index, nonfinite_rows = fault
         update = updates[table_index]
         if bad_index is None:
-            raise _validate.nonfinite_error(update.place, nonfinite_rows)
+            names = update.moments.names_of(torch.tensor(nonfinite_rows)).tolist()
+            raise _validate.nonfinite_error(update.place, names)
         raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
     report_writes([update.table for update in updates if update.num_lookups > 0])
 
@@ -243,6 +244,7 @@ def _make_handle(update: RowUpdate) -> object:
         rows=parts["rows"].data_ptr(),
         stochastic_rounding=update.stochastic_rounding,
         stream=update.place.stream,
+        row_names=0 if moments.row_names is None else moments.row_names.data_ptr(),
     )
 
 

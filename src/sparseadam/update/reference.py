@@ -50,7 +50,7 @@ def _check_finite(update: RowUpdate) -> SummedRows | None:
     summed = _summed(update)
     bad = summed.rows[~_is_finite(summed.grad)]
     if len(bad) > 0:
-        raise _validate.nonfinite_error(update.place, bad[:ROWS_NAMED].tolist())
+        raise _validate.nonfinite_error(update.place, update.moments.names_of(bad[:ROWS_NAMED]).tolist())
     return summed
 
 
@@ -62,15 +62,21 @@ def coalesce_rows(
     Returns:
         The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
     """
-    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
-    for size, index in zip(sparse_shape, indices, strict=True):
-        rows = rows * size + index
+    rows = flatten_indices(indices, sparse_shape)
     # Tensor.coalesce() would do, but it takes a gradient's word for being coalesced and sums in an order of its own.
     rows, order = torch.sort(rows, stable=True)
     touched, counts = torch.unique_consecutive(rows, return_counts=True)
     lookups_by_row = values[order].to(dtype).reshape(len(rows), -1)
     grad = torch.segment_reduce(lookups_by_row, "sum", lengths=counts, axis=0)
     return touched, grad.reshape(len(touched), *values.shape[1:])
+
+
+def flatten_indices(indices: Tensor, sparse_shape: Sequence[int]) -> Tensor:
+    """Return the row of each lookup, int64 ``[num_lookups]``, in the table viewed as ``[num_rows, width]``."""
+    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
+    for size, index in zip(sparse_shape, indices, strict=True):
+        rows = rows * size + index
+    return rows
 
 
 def _summed(update: RowUpdate) -> SummedRows:
@@ -100,7 +106,21 @@ def _update_table(update: RowUpdate, summed: SummedRows) -> None:
         is_finite = _is_finite(grad)
         moments.num_skipped += len(rows) - int(is_finite.sum())
         rows, grad = rows[is_finite], grad[is_finite]
-    slots = moments.claim_slots(rows)
+    update_slots(update, moments.claim_slots(rows), SummedRows(rows, grad))
+
+
+def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
+    """Update in place the touched rows of a table whose slots are known, and their moments.
+
+    No shape here depends on what a tensor holds, so the rule can be traced on the ``meta`` device.
+
+    Args:
+        update: of its parts the lookups are not read.
+        slots: int64 ``[num_touched]``.
+        summed: the rows and their summed gradients.
+    """
+    moments, scalars = update.moments, update.scalars
+    rows, grad = summed
     step_size, root_scale = _row_corrections(moments, slots, scalars)
 
     exp_avg = moments.read("exp_avg", slots).mul_(scalars.beta1).add_(grad * scalars.one_minus_beta1)
@@ -163,7 +183,8 @@ def _bits_for(layout: StateLayout, update: RowUpdate, rows: Tensor, what: int) -
 
 def _random_bits(update: RowUpdate, rows: Tensor, what: int) -> Tensor:
     scalars = update.scalars
-    return rounding.random_bits(scalars.seed, update.place.stream, scalars.step, rows, what, update.moments.width)
+    names = update.moments.names_of(rows)
+    return rounding.random_bits(scalars.seed, update.place.stream, scalars.step, names, what, update.moments.width)
 
 
 def _decayed(weights: Tensor, decay: Tensor) -> Tensor:
@@ -198,11 +219,12 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
     if moments.log_decay == 0.0:
         return
     for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
-        rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device=table.device)
+        rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device=moments.device)
         slots = moments.slot_of_row[rows].to(torch.int64) - 1
-        paid = torch.zeros(len(rows), dtype=torch.float64, device=table.device)
+        paid = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         paid[slots >= 0] = moments["paid_log_decay"][slots[slots >= 0]]
-        decay = (moments.log_decay - paid).exp().to(moments.dtype)
+        decay = (moments.log_decay - paid).exp().to(table.device, moments.dtype)
+        rows = rows.to(table.device)
         random = None
         if stochastic_rounding:
             random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.OWED_DECAY, moments.width)

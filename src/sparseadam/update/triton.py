@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import _validate, rounding
 from ..moments import Moments, StateLayout
+from . import reference
 from ._in_place import report_writes, row_stride, stride_refusal
 from ._types import NONFINITE, ROWS_NAMED, RowUpdate
 
@@ -163,7 +164,7 @@ def assert_rows(indices: Tensor, sparse_shape: Sequence[int], place: _validate.P
 
 def _list_rows(update: RowUpdate) -> TouchedRows:
     moments, num_lookups = update.moments, update.num_lookups
-    rows = flatten_indices(update.indices, update.table.shape[: moments.sparse_dim])
+    rows = reference.flatten_indices(update.indices, update.table.shape[: moments.sparse_dim])
     sorted_rows, order = torch.sort(rows, stable=True)
     is_first = torch.ones(num_lookups, dtype=torch.bool, device=rows.device)
     torch.ne(sorted_rows[1:], sorted_rows[:-1], out=is_first[1:])
@@ -204,16 +205,6 @@ def _list_rows(update: RowUpdate) -> TouchedRows:
         **blocks,
     )
     return touched
-
-
-def flatten_indices(indices: Tensor, sparse_shape: Sequence[int]) -> Tensor:
-    """Return the row of each lookup, int64 ``[num_lookups]``."""
-    if len(sparse_shape) == 1:
-        return indices[0]
-    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
-    for size, index in zip(sparse_shape, indices, strict=True):
-        rows = rows * size + index
-    return rows
 
 
 def _check_finite(touched: TouchedRows) -> None:
@@ -333,14 +324,14 @@ def _blocks(moments: Moments, num_lookups: int) -> dict[str, int]:
     """Return the block that a program updates at a time."""
     widest = rounding.BLOCK_SIZE if moments.layout.stored_dtype is torch.uint8 else _MAX_BLOCK_WIDTH
     block_width = min(_next_power_of_two(moments.width), widest)
-    return {"BLOCK_ROWS": _block_length(num_lookups, block_width), "BLOCK_WIDTH": block_width}
+    return {"BLOCK_ROWS": _block_length(min(num_lookups, moments.num_rows), block_width), "BLOCK_WIDTH": block_width}
 
 
-def _block_length(num_lookups: int, width: int) -> int:
-    """Return how many rows or lookups a program has in hand at a time."""
+def _block_length(most: int, width: int) -> int:
+    """Return how many rows or lookups a program has in hand at a time; there are at most so many."""
     if not is_interpreted():
         return max(1, _BLOCK_ELEMENTS // width)
-    return max(1, min(_INTERPRETED_BLOCK_ELEMENTS // width, _next_power_of_two(num_lookups)))
+    return max(1, min(_INTERPRETED_BLOCK_ELEMENTS // width, _next_power_of_two(most)))
 
 
 def _next_power_of_two(number: int) -> int:
