@@ -42,6 +42,11 @@ def num_examples(count: int) -> int:
     return max(5, count // 20) if IS_INTERPRETED else count
 
 
+def many(count: int) -> int:
+    """How many lookups a step deserves that is to be large: the interpreter adds those of a hot row one by one."""
+    return max(300, count // 100) if IS_INTERPRETED else count
+
+
 # The machine may be slow and shared, and the first example compiles nothing but imports much.
 settings.register_profile("sparseadam", deadline=None, print_blob=True, max_examples=num_examples(100))
 settings.load_profile("sparseadam")

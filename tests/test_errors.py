@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import BACKENDS, IS_INTERPRETED
+from conftest import BACKENDS, many
 from snapshot import bits, snapshot
 from torch.nn import Parameter
 
@@ -27,8 +27,8 @@ needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="this install
 # Without the native module backend=None warns, which a test of its own looks at.
 CHOICES = [None, *BACKENDS] if "native" in BACKENDS else BACKENDS
 NAMED_PLACE = r"'target' \(group 1, parameter 1\)"
-# Lookups enough for several threads; Triton's interpreter adds the thousands of a hot row one by one, for minutes.
-MANY = 700 if IS_INTERPRETED else 70_000
+# Lookups enough for several threads.
+MANY = many(70_000)
 PLACE = r"(?<!\()group 1, parameter 1"
 # The steps before a fault, and the seed of the tables; gradients are seeded by their step.
 STEPS_BEFORE = 3

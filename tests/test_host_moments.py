@@ -231,5 +231,5 @@ def test_triton_cannot_be_named_for_it(visits: list[host.Visit], monkeypatch: py
     table = Parameter(torch.ones(6, 2))
     optimizer = SparseAdam([table], backend="triton")
     table.grad = coo(torch.tensor([[3]]), torch.ones(1, 2), table.shape)
-    with pytest.raises(RuntimeError, match='backend="triton" cannot update .* need the moments beside the table'):
+    with pytest.raises(RuntimeError, match=r'backend="triton" cannot update .* need the moments beside the table'):
         optimizer.step()

@@ -1,13 +1,16 @@
 """The Triton backend by itself: what its kernels compile to, and what it does and leaves on a device.
 
-That it computes the rule, the other files show, in Triton's interpreter: ``make test-triton`` runs them, and those here
-that need the interpreter, with ``TRITON_INTERPRET=1``. The compiler needs no device, but cannot be had at the same time.
+That it computes the rule, the other files show, in Triton's interpreter: ``make test-triton`` runs them, and those
+here that need the interpreter, with ``TRITON_INTERPRET=1``. The compiler needs no device, but cannot be had at the same
+time.
 """
 
 from __future__ import annotations
 
 import struct
+import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,10 +210,12 @@ class Watch(TorchDispatchMode):
     """Counts PyTorch's operations by name."""
 
     def __init__(self) -> None:
+        """Start from none."""
         super().__init__()
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one."""
         self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -345,6 +350,16 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         SparseAdam([Parameter(torch.ones(2, 2))], backend="triton")
 
 
+def test_a_triton_that_is_too_old_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1"))
+    triton._load.cache_clear()
+    try:
+        reason = triton.missing_reason()
+        assert reason is not None and "3.5.1 was found, and 3.6 or later is needed" in reason
+    finally:
+        triton._load.cache_clear()
+
+
 @pytest.mark.parametrize("strict", [1, "yes", None])
 def test_strict_is_a_flag(strict: Any) -> None:
     with pytest.raises(TypeError, match="strict must be True or False"):
@@ -358,9 +373,11 @@ class SlowEvent:
     """An event that is done when it is told to be."""
 
     def __init__(self) -> None:
+        """Not done yet."""
         self.is_done = False
 
     def query(self) -> bool:
+        """Whether it was told."""
         return self.is_done
 
 

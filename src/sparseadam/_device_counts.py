@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 
 class Event(Protocol):
@@ -67,6 +66,6 @@ def _record(device: torch.device) -> Event:
     """Return an event after all that is queued on a device; on the CPU nothing is."""
     if device.type != "cuda":
         return _Done()
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event

@@ -14,9 +14,9 @@ quotients are correctly rounded and the launcher turns contraction off, so the b
 except where a mean is taken over a row or a row has corrections or a decay of its own. A row belongs to one program,
 so no order is left to chance and nothing is added atomically.
 
-``triton.py`` launches these and guarantees: lookups sorted by row, stably; a table whose rows are evenly spaced and whose
-row elements are adjacent; room for every slot that the step can need. A row outside the table is not written even where
-the assertion that should have stopped the step is compiled out.
+``triton.py`` launches these and guarantees: lookups sorted by row, stably; a table whose rows are evenly spaced and
+whose row elements are adjacent; room for every slot that the step can need. A row outside the table is not written even
+where the assertion that should have stopped the step is compiled out.
 
 Scalars are the bits of doubles, because Triton hands floats over in single precision.
 """

@@ -29,12 +29,12 @@ class Visit(NamedTuple):
 
     Attributes:
         origin: what the step was asked for.
-        index: where the rows stand in the table, an index for each of its leading dimensions, on its device.
+        places: where the rows stand in the table, an index for each of its leading dimensions, on its device.
         update: the same step of a table of these rows alone.
     """
 
     origin: RowUpdate
-    index: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
     update: RowUpdate
 
 
@@ -60,8 +60,8 @@ def fetch_rows(update: RowUpdate) -> Visit:
         flat = reference.flatten_indices(update.indices, sparse_shape)
         rows, lookups = torch.unique(flat, return_inverse=True)
         values = update.values
-    index = torch.unravel_index(rows, sparse_shape) if sparse_shape else (rows,)
-    weights = table[index] if sparse_shape else table[None][index]
+    places = torch.unravel_index(rows, sparse_shape) if sparse_shape else (rows,)
+    weights = table[places] if sparse_shape else table[None][places]
     rows_here, lookups_here, values_here, weights_here = _to_host(rows, lookups, values, weights)
     visiting = RowUpdate(
         update.place,
@@ -73,7 +73,7 @@ def fetch_rows(update: RowUpdate) -> Visit:
         update.scalars,
         update.stochastic_rounding,
     )
-    return Visit(update, index, visiting)
+    return Visit(update, places, visiting)
 
 
 def _to_host(*tensors: Tensor) -> list[Tensor]:
@@ -94,7 +94,7 @@ def bring_back(visit: Visit) -> None:
     table = visit.origin.table
     weights = visit.update.table.to(table.device, non_blocking=True)
     if visit.origin.moments.sparse_dim > 0:
-        table[visit.index] = weights
+        table[visit.places] = weights
     elif len(weights) > 0:
         table.copy_(weights[0])
     visit.origin.moments.take_slots(visit.update.moments)

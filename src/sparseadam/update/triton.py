@@ -35,6 +35,9 @@ _MAX_BLOCK_WIDTH = 512
 # Contraction is off, so that the bits are those of the other backends.
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
+# The oldest Triton that has compiled the kernels.
+_OLDEST = (3, 6)
+
 # What of a state's layout these kernels keep.
 _KNOWN_LAYOUT = frozenset({"stored_dtype", "one_exp_avg_sq_a_row", "amsgrad", "row_steps", "owes_decay"})
 
@@ -66,6 +69,9 @@ class TouchedRows(NamedTuple):
 def _load() -> tuple[ModuleType | None, str]:
     """Return the module of kernels, or None and what went wrong."""
     try:
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+            return None, f"{version} was found, and {'.'.join(map(str, _OLDEST))} or later is needed"
         return importlib.import_module("sparseadam.update._triton_kernels"), ""
     except ImportError as error:
         return None, str(error)
@@ -75,7 +81,7 @@ def missing_reason() -> str | None:
     """Say why this backend is missing, or None where it is there."""
     kernels, problem = _load()
     if kernels is None:
-        return f"Triton is missing from this installation ({problem}). Install it with pip install sparseadam[gpu]"
+        return f"Triton is missing from this installation ({problem}). Install it: pip install sparseadam[gpu]"
     if not is_interpreted() and not torch.cuda.is_available():
         return (
             "PyTorch finds no CUDA or ROCm device. Set TRITON_INTERPRET=1 in the environment to check the kernels on "
