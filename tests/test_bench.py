@@ -401,10 +401,10 @@ def test_contenders_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch
     case = Case("own", 1, 1000, 8, 10, "uniform")
     needs = measure.memory_needs(case)
     for_ours = needs[OURS] + (1 << 30)
-    monkeypatch.setattr(measure, "available_bytes", lambda: for_ours - 1)
+    monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours - 1)
     with pytest.raises(BenchError, match=r"case own needs 1\.6 GB of memory and 1\.6 GB are available; pass a smaller"):
         measure.measure(case)
-    monkeypatch.setattr(measure, "available_bytes", lambda: for_ours + needs[TORCH_SPARSE])
+    monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours + needs[TORCH_SPARSE])
     torch.set_num_threads(1)
     result = measure.measure(case, num_rounds=1)
     assert result.left_out.keys() == {FUSED_STEP, FUSED_WITH_GRADIENT}

@@ -69,7 +69,7 @@ class SparseAdam(torch.optim.Optimizer):
     Args:
         params: tables to optimize, named tables, or dicts that define parameter groups. Strided, real floating point
             (float32, float64, bfloat16, float16) tensors of any shape. Groups may set every option for themselves
-            but ``generator`` and ``backend``.
+            but ``generator``, ``backend`` and ``strict``.
         lr: learning rate, a number or a one-element tensor, read at each step; in (0, inf). A group or a scheduler
             may set it to 0: rows then keep their place while moments and step go on.
         betas: decay rates of the two moments, each in [0, 1).
@@ -89,6 +89,9 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dtype: ``torch.bfloat16`` or ``torch.uint8`` store the moments in 16 or 8 bits by stochastic rounding;
             None in the dtype they are computed in. The 8 bits are small floats relative to a scale for each 128
             elements of a row; ``docs/design.md`` describes them. Not with ``amsgrad``.
+        moment_device: ``"cpu"`` keeps the moments in the host's memory, for tables on a device that has no room for them:
+            touched rows come to the host to be updated. None keeps them beside their table. ``docs/gpu.md`` counts
+            what travels.
         stochastic_rounding: round the weights of bfloat16 and float16 tables up or down at random, so that changes too
             small for the dtype add up. Not for others.
         generator: draws the seed of all stochastic rounding, when the optimizer is built; None takes PyTorch's default
@@ -97,8 +100,8 @@ class SparseAdam(torch.optim.Optimizer):
             written, or ``"adam"``: have PyTorch's own code update it as :class:`torch.optim.AdamW` does, fused where
             it can be, whatever ``backend`` says. It takes the group's ``lr``, ``betas``, ``eps``, ``maximize``,
             ``weight_decay`` (both modes mean the same to it) and ``amsgrad``; options that only rows can have
-            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``stochastic_rounding``, ``nonfinite="skip"``)
-            and ``torch_eps`` are refused when such a gradient comes. One parameter may have gradients of both kinds by
+            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``moment_device``, ``stochastic_rounding``,
+            ``nonfinite="skip"``) and ``torch_eps`` are refused when such a gradient comes. One parameter may have gradients of both kinds by
             turns, as tied weights do: step and moments carry on. A step that follows one of the other kind converts
             them, in time that grows with the table.
         nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
@@ -106,8 +109,12 @@ class SparseAdam(torch.optim.Optimizer):
             rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
         torch_eps: add ``eps`` before bias correction, as :class:`torch.optim.SparseAdam` does: the effective ``eps`` is
             then ``eps / sqrt(1 - beta2**t)``. For runs that were begun with it.
-        backend: ``"native"`` (C++, CPU) or ``"reference"`` (PyTorch operations, any device); ``None`` takes, for each
-            table, the fastest one present that can update it. A named backend is used or refused, never replaced.
+        backend: ``"native"`` (C++, CPU), ``"triton"`` (CUDA and ROCm devices) or ``"reference"`` (PyTorch operations,
+            any device); ``None`` takes, for each table, the fastest one present that can update it. A named backend is
+            used or refused, never replaced.
+        strict: look whether all row numbers are inside their tables before anything is written, also where the host
+            has to wait for a device to know. Otherwise ``"triton"`` has a CUDA device assert it: a row outside its
+            table then is a device-side error, after which the device cannot be used, and not an ``IndexError``.
 
     Raises:
         ValueError: a number outside its range, options that exclude each other, an unknown ``backend``, or a sparse,
@@ -252,6 +259,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Perform a single optimization step on every parameter that has a gradient.
 
         All gradients and options are checked before the first row is changed: a step that raises has changed nothing.
+        (Of row numbers see ``strict``.)
 
         Args:
             closure: reevaluates the model and returns the loss.
