@@ -286,7 +286,7 @@ class Moments(MutableMapping[str, Any]):
             setattr(part, name, getattr(self, name))
         part.shape, part.sparse_dim, part.num_rows = torch.Size((len(rows), *self.row_shape)), 1, len(rows)
         part.slot_of_row, part.row_names = self.slot_of_row[rows], rows
-        part.native_table = None
+        self.native_table = part.native_table = None
         return part
 
     def take_slots(self, part: Moments) -> None:

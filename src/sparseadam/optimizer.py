@@ -101,9 +101,9 @@ class SparseAdam(torch.optim.Optimizer):
             it can be, whatever ``backend`` says. It takes the group's ``lr``, ``betas``, ``eps``, ``maximize``,
             ``weight_decay`` (both modes mean the same to it) and ``amsgrad``; options that only rows can have
             (``bias_correction``, ``second_moment``, ``moment_dtype``, ``moment_device``, ``stochastic_rounding``,
-            ``nonfinite="skip"``) and ``torch_eps`` are refused when such a gradient comes. One parameter may have gradients of both kinds by
-            turns, as tied weights do: step and moments carry on. A step that follows one of the other kind converts
-            them, in time that grows with the table.
+            ``nonfinite="skip"``) and ``torch_eps`` are refused when such a gradient comes. One parameter may have
+            gradients of both kinds by turns, as tied weights do: step and moments carry on. A step that follows one of
+            the other kind converts them, in time that grows with the table.
         nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
             ``"propagate"`` it as PyTorch does, raise an ``"error"`` before anything is written, or ``"skip"`` such
             rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
@@ -376,10 +376,10 @@ class SparseAdam(torch.optim.Optimizer):
     def _moments_of(self, table: Tensor, place: Place, options: GroupOptions) -> Moments | None:
         """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
         state = self.state.get(table)
-        if not state:
-            return None
-        if isinstance(state, Moments):
+        if isinstance(state, Moments):  # whose length is not asked for: it can be on a device
             moments = state
+        elif not state:
+            return None
         else:  # a plain mapping put there from outside, as code that moves states between devices does
             moments = checkpoint.read_state(state, table, place, options, is_compact=False)
         if moments.layout != options.layout:
