@@ -16,7 +16,7 @@ from conftest import BACKENDS
 from torch.nn import Parameter
 
 from sparseadam import SparseAdam, _memory
-from sparseadam.update import host
+from sparseadam.update import _types, host, triton
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "triton"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -224,9 +224,19 @@ def test_moments_move_to_where_the_option_says(visits: list[host.Visit]) -> None
         assert optimizer.state[table]["exp_avg"].device.type == expected
 
 
-def test_triton_cannot_be_named_for_it(visits: list[host.Visit], monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparseadam.update import triton
+def test_a_layout_that_visits_do_not_keep_is_refused_by_name(
+    visits: list[host.Visit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_types, "LAYOUT_ON_DEVICES", _types.LAYOUT_ON_DEVICES - {"amsgrad"})
+    table = Parameter(torch.ones(6, 2))
+    optimizer = SparseAdam([table], amsgrad=True)
+    table.grad = coo(torch.tensor([[3]]), torch.ones(1, 2), table.shape)
+    with pytest.raises(RuntimeError, match=r'moment_device="cpu" cannot be had for group 0, .* amsgrad'):
+        optimizer.step()
+    assert table not in optimizer.state
 
+
+def test_triton_cannot_be_named_for_it(visits: list[host.Visit], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "missing_reason", lambda: None)
     table = Parameter(torch.ones(6, 2))
     optimizer = SparseAdam([table], backend="triton")

@@ -48,7 +48,7 @@ class DeviceCounts:
     def most_slots(self) -> int:
         """Return a number of slots that are at most in use, without waiting."""
         if self._copying is not None and self._copying.query():
-            self._num_slots_known, self._lookups_since = int(self._arrived[0]), self._lookups_since_copy
+            self._num_slots_known, self._lookups_since = self._arrived.tolist()[0], self._lookups_since_copy
             self._copying = None
         return self._num_slots_known + self._lookups_since
 

@@ -636,6 +636,13 @@ def backend_error(place: Place, backend: str, reason: str) -> RuntimeError:
     )
 
 
+def host_moments_error(place: Place, reason: str) -> RuntimeError:
+    """Make the error for a table on a device that cannot have its moments on the host."""
+    return RuntimeError(
+        f'moment_device="cpu" cannot be had for {place}: {reason}. Leave moment_device at None for this table.'
+    )
+
+
 def missing_backend_error(backend: str, reason: str) -> ImportError:
     """Make the error for a named backend that this installation lacks."""
     return ImportError(f'backend="{backend}" is not available: {reason}. Or pass backend="reference".')

@@ -89,9 +89,9 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dtype: ``torch.bfloat16`` or ``torch.uint8`` store the moments in 16 or 8 bits by stochastic rounding;
             None in the dtype they are computed in. The 8 bits are small floats relative to a scale for each 128
             elements of a row; ``docs/design.md`` describes them. Not with ``amsgrad``.
-        moment_device: ``"cpu"`` keeps the moments in the host's memory, for tables on a device that has no room for them:
-            touched rows come to the host to be updated. None keeps them beside their table. ``docs/gpu.md`` counts
-            what travels.
+        moment_device: ``"cpu"`` keeps the moments in the host's memory, for tables on a device that has no room for
+            them: touched rows come to the host to be updated. None keeps them beside their table. ``docs/gpu.md``
+            counts what travels.
         stochastic_rounding: round the weights of bfloat16 and float16 tables up or down at random, so that changes too
             small for the dtype add up. Not for others.
         generator: draws the seed of all stochastic rounding, when the optimizer is built; None takes PyTorch's default

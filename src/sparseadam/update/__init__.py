@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _validate
 from . import host, native, reference, triton
 from ._in_place import report_writes
-from ._types import RowUpdate, StepScalars, step_scalars
+from ._types import RowUpdate, StepScalars, layout_refusal, step_scalars
 from .native import SteadyStep
 from .reference import pay_decay
 
@@ -113,6 +113,9 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
             if backend == "triton":
                 reason = f"its kernels need the moments beside the table, and they are on {update.moments.device}"
                 raise _validate.backend_error(update.place, "triton", reason)
+            refusal = layout_refusal(update.moments.layout)
+            if refusal is not None:
+                raise _validate.host_moments_error(update.place, refusal)
             if update.num_lookups == 0:  # counts a step and moves nothing
                 updates_of["reference"].append(update)
                 continue

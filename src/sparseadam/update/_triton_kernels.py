@@ -32,11 +32,8 @@ from . import _triton_rounding as rounding
 OWN, BFLOAT16, CODE8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-# Numbers that change from step to step: no kernel is compiled anew for one that happens to be 1 or a multiple of 16.
-_CHANGING = [
-    "num_lookups",
-    "num_rows",
-    "step_key",
+# Of a step, as the bits of doubles.
+NUMBERS = (
     "beta1",
     "one_minus_beta1",
     "beta2",
@@ -49,7 +46,9 @@ _CHANGING = [
     "log2_beta1",
     "log2_beta2",
     "log_decay",
-]
+)
+# What changes from step to step: no kernel is compiled anew for a number that happens to be 1 or a multiple of 16.
+_CHANGING = ["num_lookups", "num_rows", "step_key", *NUMBERS]
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from .. import _validate, rounding
 from ..moments import Moments, StateLayout
 from . import reference
 from ._in_place import report_writes, row_stride, stride_refusal
-from ._types import NONFINITE, ROWS_NAMED, RowUpdate
+from ._types import NONFINITE, ROWS_NAMED, RowUpdate, layout_refusal
 
 # Elements that a program has in hand at a time, and the widest block of them; both are powers of two. What they are on
 # a GPU is a guess of which none has been timed. The interpreter takes its time for each operation, whatever its size.
@@ -37,9 +37,6 @@ COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 # The oldest Triton that has compiled the kernels.
 _OLDEST = (3, 6)
-
-# What of a state's layout these kernels keep.
-_KNOWN_LAYOUT = frozenset({"stored_dtype", "one_exp_avg_sq_a_row", "amsgrad", "row_steps", "owes_decay"})
 
 
 class TouchedRows(NamedTuple):
@@ -125,10 +122,7 @@ def _refusal(table: Tensor, moments: Moments) -> str | None:
     if table.device.type != ("cpu" if is_interpreted() else "cuda"):
         where = "interpreted, on the CPU" if is_interpreted() else "on CUDA and ROCm devices"
         return f"it runs {where}, and the table is on {table.device}"
-    unknown = [name for name in StateLayout._fields if name not in _KNOWN_LAYOUT and getattr(moments.layout, name)]
-    if unknown:
-        return f"its kernels do not keep what the state has of {', '.join(unknown)}"
-    return stride_refusal(table, moments)
+    return layout_refusal(moments.layout) or stride_refusal(table, moments)
 
 
 @torch.no_grad()
@@ -240,21 +234,11 @@ def _update_table(touched: TouchedRows) -> None:
     new_counts = touched.is_new.cumsum(0, dtype=torch.int64)
     blocks = _blocks(moments, num_lookups)
     numbers = {
-        name: getattr(scalars, name)
-        for name in (
-            "beta1",
-            "one_minus_beta1",
-            "beta2",
-            "one_minus_beta2",
-            "step_size",
-            "root_scale",
-            "eps",
-            "decay",
-            "lr",
-        )
+        **scalars._asdict(),
+        "log2_beta1": _log2(scalars.beta1),
+        "log2_beta2": _log2(scalars.beta2),
+        "log_decay": moments.log_decay + scalars.log_decay,
     }
-    numbers["log2_beta1"], numbers["log2_beta2"] = _log2(scalars.beta1), _log2(scalars.beta2)
-    numbers["log_decay"] = moments.log_decay + scalars.log_decay
     _launch(
         "update_rows",
         _num_programs(num_lookups, blocks["BLOCK_ROWS"]),
@@ -276,7 +260,7 @@ def _update_table(touched: TouchedRows) -> None:
         table_stride=row_stride(update.table, moments),
         step_key=rounding.step_key(scalars.seed, update.place.stream, scalars.step),
         **_parts(moments, min(moments.capacity, counts.most_slots() + num_lookups)),
-        **{name: _bits(number) for name, number in numbers.items()},
+        **{name: _bits(numbers[name]) for name in _kernels().NUMBERS},
         DTYPE=_dtype(moments.dtype),
         **variant(moments.layout, update),
         **blocks,
