@@ -86,8 +86,8 @@ struct TableMemory {
   bool stochastic_rounding;  // of the table
   const void* values;        // [num_lookups, width]
   int64_t width;
-  uint64_t random_key;  // of the table's step
-  double log_decay;     // what a row owes that has paid nothing, this step included
+  uint64_t random_key;       // of the table's step
+  double log_decay;          // what a row owes that has paid nothing, this step included
   const int64_t* row_names;  // what random bits know the rows by; nullptr where by their place in the table
 };
 

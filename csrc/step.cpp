@@ -117,8 +117,9 @@ TableMemory memory_of(const TableStep& step) {
   const Table& table = *step.table;
   const uint64_t key =
       step_key(static_cast<uint64_t>(step.scalars.seed), table.stream, static_cast<uint64_t>(step.scalars.step));
-  return {table.table, table.table_stride, table.moments, table.stochastic_rounding,
-          step.values, table.width,        key,           step.log_decay + step.scalars.log_decay, table.row_names};
+  return {table.table,    table.table_stride, table.moments, table.stochastic_rounding,
+          step.values,    table.width,        key,           step.log_decay + step.scalars.log_decay,
+          table.row_names};
 }
 
 // Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
