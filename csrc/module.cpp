@@ -102,7 +102,7 @@ MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, ui
 
 Table make_table(uintptr_t table, int64_t table_stride, const std::string& element_type,
                  std::vector<int64_t> sparse_shape, int64_t width, const MomentMemory& moments, uintptr_t slot_of_row,
-                 bool wide_slots, uintptr_t rows, bool stochastic_rounding, uint64_t stream) {
+                 bool wide_slots, uintptr_t rows, bool stochastic_rounding, uint64_t stream, uintptr_t row_names) {
   const int64_t num_rows = count_rows(sparse_shape);
   return {at_address<void>(table),
           table_stride,
@@ -115,7 +115,8 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           wide_slots,
           at_address<int64_t>(rows),
           stochastic_rounding,
-          stream};
+          stream,
+          at_address<const int64_t>(row_names)};
 }
 
 // (address, base, number of steps, what they add up to) of a history; 0 and None where missed steps are not replayed
@@ -219,7 +220,7 @@ NB_MODULE(_native, m) {
   nb::class_<Table>(m, "Table", "A table and its compact moments, by address.")
       .def(nb::new_(&make_table), nb::kw_only(), nb::arg("table"), nb::arg("table_stride"), nb::arg("element_type"),
            nb::arg("sparse_shape"), nb::arg("width"), nb::arg("moments"), nb::arg("slot_of_row"), nb::arg("wide_slots"),
-           nb::arg("rows"), nb::arg("stochastic_rounding"), nb::arg("stream"));
+           nb::arg("rows"), nb::arg("stochastic_rounding"), nb::arg("stream"), nb::arg("row_names"));
   m.def("element_types", &element_types, "Names of the table dtypes that this build can update.");
   m.def("instruction_sets", &instruction_set_names, "Names of the instruction sets at hand, slowest first.");
   m.def("fits", &Partitioning::fits, nb::arg("num_rows"), nb::arg("num_lookups"),

@@ -138,9 +138,19 @@ struct TableData {
     memory.exp_avg_sq = moments.data() + static_cast<size_t>(spec.width) * moment_size(spec.element);
     memory.exp_avg_stride = 2 * spec.width;
     memory.exp_avg_sq_stride = 2 * spec.width;
-    return {table.data(),      spec.width,  spec.element, spec.sparse_shape,
-            num_rows_of(spec), spec.width,  memory,       slot_of_row.data(),
-            spec.wide_slots,   rows.data(), false,        0};
+    return {table.data(),
+            spec.width,
+            spec.element,
+            spec.sparse_shape,
+            num_rows_of(spec),
+            spec.width,
+            memory,
+            slot_of_row.data(),
+            spec.wide_slots,
+            rows.data(),
+            false,
+            0,
+            nullptr};
   }
 };
 

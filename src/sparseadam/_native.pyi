@@ -13,7 +13,7 @@ class MomentMemory:
 class Table:
     """A table and its compact moments, by address."""
 
-    def __init__(self, *, table: int, table_stride: int, element_type: str, sparse_shape: Sequence[int], width: int, moments: MomentMemory, slot_of_row: int, wide_slots: bool, rows: int, stochastic_rounding: bool, stream: int) -> None: ...
+    def __init__(self, *, table: int, table_stride: int, element_type: str, sparse_shape: Sequence[int], width: int, moments: MomentMemory, slot_of_row: int, wide_slots: bool, rows: int, stochastic_rounding: bool, stream: int, row_names: int) -> None: ...
 
 def element_types() -> list[str]:
     """Names of the table dtypes that this build can update."""

@@ -34,6 +34,7 @@ GROUP_OPTIONS = (
     "bias_correction",
     "second_moment",
     "moment_dtype",
+    "moment_device",
     "stochastic_rounding",
     "dense_gradients",
     "nonfinite",
@@ -104,7 +105,12 @@ class GroupOptions(NamedTuple):
     stochastic_rounding: bool
     seed: int | None
     dense_gradients: str
+    moment_device: str | None
     layout: StateLayout
+
+    def device_of_moments(self, table: Tensor) -> torch.device:
+        """Return where the moments of a table are kept."""
+        return table.device if self.moment_device is None else torch.device(self.moment_device)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -130,7 +136,8 @@ def _as_number(value: object, name: str) -> float:
         raise TypeError(f"{name} must be a number or a one-element Tensor, got {type(value).__name__}.") from None
 
 
-def _check_flag(value: object, name: str) -> bool:
+def check_flag(value: object, name: str) -> bool:
+    """Return an option that is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
@@ -204,6 +211,15 @@ def check_moment_dtype(value: object) -> torch.dtype | None:
     return value
 
 
+def check_moment_device(value: object) -> str | None:
+    """Return ``moment_device``: None or ``"cpu"``."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"moment_device must be 'cpu' or None, got {value!r}.")
+    if value not in (None, "cpu"):
+        raise ValueError(f"Invalid moment_device: {value!r}. Choose 'cpu', or None for the table's own device.")
+    return value
+
+
 def rounds_stochastically(group: Mapping[str, Any]) -> bool:
     """Whether a group with these options needs a seed."""
     return group["stochastic_rounding"] is True or group["moment_dtype"] is not None
@@ -257,6 +273,7 @@ def _read_options(
     bias_correction: object,
     second_moment: object,
     moment_dtype: object,
+    moment_device: object,
     stochastic_rounding: object,
     dense_gradients: object,
     nonfinite: object,
@@ -270,7 +287,7 @@ def _read_options(
     layout = StateLayout(
         stored_dtype=check_moment_dtype(moment_dtype),
         one_exp_avg_sq_a_row=check_choice(second_moment, "second_moment") == "row",
-        amsgrad=_check_flag(amsgrad, "amsgrad"),
+        amsgrad=check_flag(amsgrad, "amsgrad"),
         row_steps=check_choice(bias_correction, "bias_correction") == "row",
         owes_decay=decays_exactly and not replays,  # which decays rows for every step as it is
         replays=replays,
@@ -280,13 +297,14 @@ def _read_options(
         beta1=beta1,
         beta2=beta2,
         eps=check_eps(eps),
-        maximize=_check_flag(maximize, "maximize"),
-        torch_eps=_check_flag(torch_eps, "torch_eps"),
+        maximize=check_flag(maximize, "maximize"),
+        torch_eps=check_flag(torch_eps, "torch_eps"),
         weight_decay=check_weight_decay(weight_decay),
         nonfinite=check_choice(nonfinite, "nonfinite"),
-        stochastic_rounding=_check_flag(stochastic_rounding, "stochastic_rounding"),
+        stochastic_rounding=check_flag(stochastic_rounding, "stochastic_rounding"),
         seed=None if seed is None else check_seed(seed),
         dense_gradients=check_choice(dense_gradients, "dense_gradients"),
+        moment_device=check_moment_device(moment_device),
         layout=layout,
     )
     _check_together(options)
@@ -580,6 +598,14 @@ def row_error(place: Place | str, sparse_shape: Sequence[int], dim: int, index: 
     )
 
 
+def row_assertion(place: Place) -> str:
+    """Write what a device-side assertion says of an index outside a table."""
+    return (
+        f"the gradient of {place} names a row outside its table. Pass strict=True to SparseAdam, which waits for the "
+        "device before each step, to be told which."
+    )
+
+
 def clip_layout_error(place: str, layout: torch.layout) -> RuntimeError:
     """Make the error for a gradient to be clipped or coalesced that is neither dense nor COO."""
     return RuntimeError(
@@ -679,6 +705,13 @@ def backend_error(place: Place, backend: str, reason: str) -> RuntimeError:
     return RuntimeError(
         f'backend="{backend}" cannot update {place}: {reason}. Pass backend=None to let each table take the fastest '
         'backend that can update it, or backend="reference".'
+    )
+
+
+def host_moments_error(place: Place, reason: str) -> RuntimeError:
+    """Make the error for a table on a device that cannot have its moments on the host."""
+    return RuntimeError(
+        f'moment_device="cpu" cannot be had for {place}: {reason}. Leave moment_device at None for this table.'
     )
 
 

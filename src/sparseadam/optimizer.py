@@ -76,7 +76,7 @@ class SparseAdam(torch.optim.Optimizer):
     Args:
         params: tables to optimize, named tables, or dicts that define parameter groups. Strided, real floating point
             (float32, float64, bfloat16, float16) tensors of any shape. Groups may set every option for themselves
-            but ``generator`` and ``backend``.
+            but ``generator``, ``backend`` and ``strict``.
         lr: learning rate, a number or a one-element tensor, read at each step; in (0, inf). A group or a scheduler
             may set it to 0: rows then keep their place while moments and step go on.
         betas: decay rates of the two moments, each in [0, 1).
@@ -96,6 +96,9 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dtype: ``torch.bfloat16`` or ``torch.uint8`` store the moments in 16 or 8 bits by stochastic rounding;
             None in the dtype they are computed in. The 8 bits are small floats relative to a scale for each 128
             elements of a row; ``docs/design.md`` describes them. Not with ``amsgrad``.
+        moment_device: ``"cpu"`` keeps the moments in the host's memory, for tables on a device that has no room for
+            them: touched rows come to the host to be updated. None keeps them beside their table. ``docs/gpu.md``
+            counts what travels.
         stochastic_rounding: round the weights of bfloat16 and float16 tables up or down at random, so that changes too
             small for the dtype add up. Not for others.
         generator: draws the seed of all stochastic rounding, when the optimizer is built; None takes PyTorch's default
@@ -104,10 +107,10 @@ class SparseAdam(torch.optim.Optimizer):
             written, or ``"adam"``: have PyTorch's own code update it as :class:`torch.optim.AdamW` does, fused where
             it can be, whatever ``backend`` says. It takes the group's ``lr``, ``betas``, ``eps``, ``maximize``,
             ``weight_decay`` (both modes mean the same to it) and ``amsgrad``; options that only rows can have
-            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``stochastic_rounding``, ``nonfinite="skip"``)
-            and ``torch_eps`` are refused when such a gradient comes. One parameter may have gradients of both kinds by
-            turns, as tied weights do: step and moments carry on. A step that follows one of the other kind converts
-            them, in time that grows with the table.
+            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``moment_device``, ``stochastic_rounding``,
+            ``nonfinite="skip"``) and ``torch_eps`` are refused when such a gradient comes. One parameter may have
+            gradients of both kinds by turns, as tied weights do: step and moments carry on. A step that follows one of
+            the other kind converts them, in time that grows with the table.
         nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
             ``"propagate"`` it as PyTorch does, raise an ``"error"`` before anything is written, or ``"skip"`` such
             rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
@@ -127,8 +130,12 @@ class SparseAdam(torch.optim.Optimizer):
             ``docs/larger_than_memory.md``.
         torch_eps: add ``eps`` before bias correction, as :class:`torch.optim.SparseAdam` does: the effective ``eps`` is
             then ``eps / sqrt(1 - beta2**t)``. For runs that were begun with it.
-        backend: ``"native"`` (C++, CPU) or ``"reference"`` (PyTorch operations, any device); ``None`` takes, for each
-            table, the fastest one present that can update it. A named backend is used or refused, never replaced.
+        backend: ``"native"`` (C++, CPU), ``"triton"`` (CUDA and ROCm devices) or ``"reference"`` (PyTorch operations,
+            any device); ``None`` takes, for each table, the fastest one present that can update it. A named backend is
+            used or refused, never replaced.
+        strict: look whether all row numbers are inside their tables before anything is written, also where the host
+            has to wait for a device to know. Otherwise ``"triton"`` has a CUDA device assert it: a row outside its
+            table then is a device-side error, after which the device cannot be used, and not an ``IndexError``.
 
     Raises:
         ValueError: a number outside its range, options that exclude each other, an unknown ``backend``, or a sparse,
@@ -200,6 +207,7 @@ class SparseAdam(torch.optim.Optimizer):
         bias_correction: str = "table",
         second_moment: str = "element",
         moment_dtype: torch.dtype | None = None,
+        moment_device: str | None = None,
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
         dense_gradients: str = "error",
@@ -208,6 +216,7 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dir: str | os.PathLike[str] | None = None,
         torch_eps: bool = False,
         backend: str | None = None,
+        strict: bool = False,
     ) -> None:
         """Check all arguments; see the class for what they mean."""
         defaults = {
@@ -221,6 +230,7 @@ class SparseAdam(torch.optim.Optimizer):
             "bias_correction": bias_correction,
             "second_moment": second_moment,
             "moment_dtype": moment_dtype,
+            "moment_device": moment_device,
             "stochastic_rounding": stochastic_rounding,
             "dense_gradients": dense_gradients,
             "nonfinite": nonfinite,
@@ -232,6 +242,7 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_moment_dir(moment_dir)
         update.check_backend(backend)
         self._backend = backend
+        self._strict = _validate.check_flag(strict, "strict")
         self._generator = generator
         # Groups are added one by one below; faults of all of them are then reported together.
         self._is_built = False
@@ -347,6 +358,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Perform a single optimization step on every parameter that has a gradient.
 
         All gradients and options are checked before the first row is changed: a step that raises has changed nothing.
+        (Of row numbers see ``strict``.)
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -388,7 +400,7 @@ class SparseAdam(torch.optim.Optimizer):
         updates, dense_updates = self._gather_updates(options)
         if updates:
             self._before_steps(updates)
-            update.update_rows(updates, self._backend)
+            update.update_rows(updates, self._backend, strict=self._strict)
         for done in updates:
             self.state[done.table] = done.moments
             if replay.is_flush_due(done.moments):
@@ -477,7 +489,7 @@ class SparseAdam(torch.optim.Optimizer):
                 check_gradient(table, grad, place)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
-                moments = self._fitting_moments(table, sparse_dim, place, options[group_index].layout)
+                moments = self._fitting_moments(table, sparse_dim, place, options[group_index])
                 check_values(values, num_lookups, moments.row_shape, place)
                 indices, values = indices.contiguous(), values.contiguous()
                 scalars = step_scalars(options[group_index], moments.step + 1)
@@ -491,40 +503,41 @@ class SparseAdam(torch.optim.Optimizer):
             raise _validate.mapped_dense_error(place, mapped.path)
         state = self.state.get(parameter)
         if isinstance(state, Moments):
-            state = self._fitting_moments(parameter, state.sparse_dim, place, options.layout)
+            state = self._fitting_moments(parameter, state.sparse_dim, place, options)
             if replay.has_rows_behind(state):
                 raise _validate.dense_behind_error(place)
         return dense.check_update(parameter, grad, state, place, options)
 
-    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, layout: StateLayout) -> Moments:
+    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, options: GroupOptions) -> Moments:
         """Return moments that fit a table: its own, regrouped, moved or read where need be, or new ones.
 
         They enter the state when their step is done.
         """
-        moments = self._moments_of(table, place, layout)
+        moments = self._moments_of(table, place, options)
+        device = options.device_of_moments(table)
         if moments is None:
-            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
+            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), device, options.layout)
         if moments.dtype is not moment_dtype(table.dtype):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
-        if moments.device != table.device:
-            moments = moments.moved(table.device)
+        if moments.device != device:
+            moments = moments.moved(device)
         if moments.sparse_dim != sparse_dim:
-            if moments.num_slots > 0 and not layout.is_elementwise:
+            if moments.num_slots > 0 and not options.layout.is_elementwise:
                 raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
             moments = moments.with_sparse_dim(sparse_dim)
         return moments if self._directory is None else self._directory.keep(moments, place)
 
-    def _moments_of(self, table: Tensor, place: Place, layout: StateLayout) -> Moments | None:
+    def _moments_of(self, table: Tensor, place: Place, options: GroupOptions) -> Moments | None:
         """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
         state = self.state.get(table)
-        if not state:
-            return None
-        if isinstance(state, Moments):
+        if isinstance(state, Moments):  # whose length is not asked for: it can be on a device
             moments = state
+        elif not state:
+            return None
         else:  # a plain mapping put there from outside, as code that moves states between devices does
-            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
-        if moments.layout != layout:
-            raise _validate.layout_change_error(place, moments.layout, layout)
+            moments = checkpoint.read_state(state, table, place, options, is_compact=False)
+        if moments.layout != options.layout:
+            raise _validate.layout_change_error(place, moments.layout, options.layout)
         if moments.shape != table.shape:
             raise _validate.moment_shape_error(place, moments.shape, table.shape)
         return moments
@@ -534,7 +547,7 @@ class SparseAdam(torch.optim.Optimizer):
         state = self.state.get(param)
         if dense.keeps_state(state, param, options):
             return state
-        return self._moments_of(param, place, options.layout)
+        return self._moments_of(param, place, options)
 
     def attach(self, model: nn.Module) -> Hooks:
         """Have the rows of this optimizer's tables brought up to date whenever a model is about to read them.
@@ -854,13 +867,13 @@ class SparseAdam(torch.optim.Optimizer):
                 if dense.keeps_state(state, table, options):
                     read[table] = dense.read_state(state, table, place, amsgrad=options.layout.amsgrad)
                 else:
-                    moments = checkpoint.read_state(state, table, place, options.layout, is_compact=is_compact)
+                    moments = checkpoint.read_state(state, table, place, options, is_compact=is_compact)
                     read[table] = moments if self._directory is None else self._directory.keep(moments, place)
         return read
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the backend's name along with what PyTorch keeps."""
-        own = {"_backend": self._backend, "_is_built": self._is_built, "_seed": self._seed}
+        own = {"_backend": self._backend, "_strict": self._strict, "_is_built": self._is_built, "_seed": self._seed}
         return super().__getstate__() | own
 
 
