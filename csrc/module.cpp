@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "catch_up.h"
 #include "coalesce.h"
 #include "steady_step.h"
 #include "step.h"
@@ -77,7 +78,8 @@ int64_t count_rows(const std::vector<int64_t>& sparse_shape) {
 MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, uintptr_t exp_avg, uintptr_t exp_avg_sq,
                           uintptr_t max_exp_avg_sq, int64_t exp_avg_stride, int64_t exp_avg_sq_stride,
                           uintptr_t exp_avg_scale, uintptr_t exp_avg_sq_scale, int64_t scale_stride,
-                          uintptr_t row_steps, uintptr_t paid_log_decay) {
+                          uintptr_t row_steps, uintptr_t paid_log_decay, uintptr_t moment_steps, uintptr_t weight_steps,
+                          int64_t clock_stride) {
   return {by_name(kMomentTypes, type),
           one_exp_avg_sq_a_row,
           at_address<void>(exp_avg),
@@ -89,7 +91,10 @@ MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, ui
           at_address<float>(exp_avg_sq_scale),
           scale_stride,
           at_address<int32_t>(row_steps),
-          at_address<double>(paid_log_decay)};
+          at_address<double>(paid_log_decay),
+          at_address<int32_t>(moment_steps),
+          at_address<int32_t>(weight_steps),
+          clock_stride};
 }
 
 Table make_table(uintptr_t table, int64_t table_stride, const std::string& element_type,
@@ -110,18 +115,27 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           stream};
 }
 
-// (table, address of indices, address of values, number of lookups, scalars, counters)
-using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, ScalarArray, Counters>;
-// (table, (dimension, index) if an index is out of range, rows whose gradient is not finite)
-using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>>, std::vector<int64_t>>;
+// (address, base, number of steps, what they add up to) of a history; 0 and None where missed steps are not replayed
+using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t, MissedSteps*>;
+// (table, address of indices, address of values, number of lookups, scalars, counters, history)
+using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, ScalarArray, Counters, HistoryTuple>;
+// (table, (dimension, index) if an index is out of range, rows that are refused, whether because they are behind)
+using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>>, std::vector<int64_t>, bool>;
+
+History make_history(const HistoryTuple& tuple) {
+  const auto& [steps, base, num_steps, missed] = tuple;
+  return {at_address<const StepNumbers>(steps), base, num_steps};
+}
 
 std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const std::string& instruction_set,
                                    int num_threads) {
   std::vector<TableStep> tables;
   tables.reserve(tuples.size());
-  for (const auto& [table, indices, values, num_lookups, scalars, counters] : tuples) {
+  for (const auto& [table, indices, values, num_lookups, scalars, counters, history] : tuples) {
     tables.push_back(make_table_step(*table, at_address<const int64_t>(indices), at_address<const void>(values),
                                      num_lookups, scalars, counters));
+    tables.back().history = make_history(history);
+    tables.back().missed = std::get<MissedSteps*>(history);
   }
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
   Fault fault;
@@ -132,10 +146,24 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
   if (fault.table >= 0) {
     std::optional<std::pair<int64_t, int64_t>> bad_index;
     if (fault.bad_index.lookup >= 0) bad_index = {fault.bad_index.dim, fault.bad_index.index};
-    return FaultTuple{fault.table, bad_index, std::move(fault.rows)};
+    return FaultTuple{fault.table, bad_index, std::move(fault.rows), fault.rows_are_behind};
   }
   for (size_t i = 0; i < tables.size(); ++i) advance(std::get<Counters>(tuples[i]), tables[i]);
   return std::nullopt;
+}
+
+std::optional<int64_t> run_catch_up(const Table& table, uintptr_t rows, int64_t num_rows_read, int64_t num_slots,
+                                    const HistoryTuple& history, uint64_t seed, const std::string& instruction_set,
+                                    int num_threads) {
+  RowsRead read{&table, at_address<const int64_t>(rows), num_rows_read, make_history(history), seed, num_slots};
+  const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
+  BadIndex bad;
+  {
+    const nb::gil_scoped_release release;
+    bad = catch_up(read, *std::get<MissedSteps*>(history), chosen, num_threads);
+  }
+  if (bad.lookup >= 0) return std::nullopt;
+  return read.num_slots;
 }
 
 std::unique_ptr<Coalescing> make_coalescing(uintptr_t indices, const std::vector<int64_t>& sparse_shape,
@@ -172,7 +200,7 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_moments), nb::kw_only(), nb::arg("type"), nb::arg("one_exp_avg_sq_a_row"), nb::arg("exp_avg"),
            nb::arg("exp_avg_sq"), nb::arg("max_exp_avg_sq"), nb::arg("exp_avg_stride"), nb::arg("exp_avg_sq_stride"),
            nb::arg("exp_avg_scale"), nb::arg("exp_avg_sq_scale"), nb::arg("scale_stride"), nb::arg("row_steps"),
-           nb::arg("paid_log_decay"));
+           nb::arg("paid_log_decay"), nb::arg("moment_steps"), nb::arg("weight_steps"), nb::arg("clock_stride"));
   nb::class_<Table>(m, "Table", "A table and its compact moments, by address.")
       .def(nb::new_(&make_table), nb::kw_only(), nb::arg("table"), nb::arg("table_stride"), nb::arg("element_type"),
            nb::arg("sparse_shape"), nb::arg("width"), nb::arg("moments"), nb::arg("slot_of_row"), nb::arg("wide_slots"),
@@ -183,7 +211,15 @@ NB_MODULE(_native, m) {
         "Whether a step of this size fits the packed (row, position) entries.");
   m.def("step", &run_step, nb::arg("tables"), nb::arg("instruction_set"), nb::arg("num_threads"),
         "Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or\n"
-        "none. Returns None, or why not: (table, (dimension, index) or None, rows whose gradient is not finite).");
+        "none. Returns None, or why not: (table, (dimension, index) or None, rows that are refused, whether because\n"
+        "they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps,\n"
+        "what they add up to), (0, 0, 0, None) where missed steps are not replayed.");
+  nb::class_<MissedSteps>(m, "MissedSteps", "What the steps of one history add up to, taken in as catch_up needs it.")
+      .def(nb::init<>());
+  m.def("catch_up", &run_catch_up, nb::kw_only(), nb::arg("table"), nb::arg("rows"), nb::arg("num_rows_read"),
+        nb::arg("num_slots"), nb::arg("history"), nb::arg("seed"), nb::arg("instruction_set"), nb::arg("num_threads"),
+        "Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the\n"
+        "table.");
   nb::class_<Coalescing>(m, "Coalescing", "The rows of a gradient's lookups, sorted, which are not kept alive.")
       .def(nb::new_(&make_coalescing), nb::kw_only(), nb::arg("indices"), nb::arg("sparse_shape"),
            nb::arg("num_lookups"), nb::arg("num_threads"))

@@ -40,7 +40,7 @@ SPARSEADAM_INLINE uint32_t row_key(uint64_t step_key, int64_t row) {
 }
 
 // What is rounded: each has random bits of its own.
-enum class Rounded : uint32_t { kExpAvg = 0, kExpAvgSq = 1, kTable = 2 };  // 3: owed decay, rounding.py
+enum class Rounded : uint32_t { kExpAvg = 0, kExpAvgSq = 1, kTable = 2, kMissedSteps = 3 };
 
 // 32 random bits for an element of a row: Wellons' lowbias32 (2018) of a counter.
 SPARSEADAM_INLINE uint32_t random_bits(uint32_t row_key, Rounded what, uint32_t element) {

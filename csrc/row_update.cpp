@@ -4,66 +4,32 @@
 #include <cmath>
 
 #include "element.h"
+#include "formula.h"
+#include "prefetch.h"
 #include "rounding.h"
-
-// Wide code is enabled per function and chosen at run time; the file itself stays at the platform's floor.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SPARSEADAM_X86 1
-#endif
 
 namespace sparseadam {
 
 namespace {
 
-// How far ahead of the walk rows are prefetched: by bytes, so that narrow and wide rows have as much in flight. 8 KiB
-// made 65,536 uniform lookups into 1,000,000 x 64 take 4.0 ms on two cores in place of 4.5 with 4 KiB; more brought
-// nothing.
-constexpr int64_t kPrefetchBytes = 8192;
-constexpr int64_t kMinPrefetchRows = 2;
-constexpr int64_t kMaxPrefetchRows = 32;
-constexpr int64_t kCacheLine = 64;
-
-// The numbers of one row.
-template <class Moment>
-struct Scalars {
-  Moment beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, root_scale, eps, decay;
-
-  explicit Scalars(const StepScalars& from)
-      : beta1(static_cast<Moment>(from.beta1)),
-        one_minus_beta1(static_cast<Moment>(from.one_minus_beta1)),
-        beta2(static_cast<Moment>(from.beta2)),
-        one_minus_beta2(static_cast<Moment>(from.one_minus_beta2)),
-        step_size(static_cast<Moment>(from.step_size)),
-        root_scale(static_cast<Moment>(from.root_scale)),
-        eps(static_cast<Moment>(from.eps)),
-        decay(static_cast<Moment>(from.decay)) {}
-};
-
-// The formula, element by element.
-template <class Moment>
-SPARSEADAM_INLINE Moment next_exp_avg(Moment exp_avg, Moment grad, const Scalars<Moment>& scalars) {
-  return scalars.beta1 * exp_avg + scalars.one_minus_beta1 * grad;
-}
-template <class Moment>
-SPARSEADAM_INLINE Moment next_exp_avg_sq(Moment exp_avg_sq, Moment square, const Scalars<Moment>& scalars) {
-  return scalars.beta2 * exp_avg_sq + scalars.one_minus_beta2 * square;
-}
-template <class Moment>
-SPARSEADAM_INLINE Moment denominator(Moment exp_avg_sq, const Scalars<Moment>& scalars) {
-  return std::sqrt(exp_avg_sq) * scalars.root_scale + scalars.eps;
-}
-template <class Moment>
-SPARSEADAM_INLINE Moment next_weight(Moment weight, Moment exp_avg, Moment denom, const Scalars<Moment>& scalars) {
-  return scalars.decay * weight - scalars.step_size * exp_avg / denom;
+// What a row's moments are multiplied by for the steps it has missed, put into the numbers of its step; its clocks then
+// show this step.
+SPARSEADAM_INLINE void count_in_missed_steps(const TableMemory& memory, int64_t slot, StepScalars& scalars) {
+  const History& history = memory.history;
+  const int64_t clock = slot * memory.moments.clock_stride;
+  const int64_t written = history.entry_of(memory.moments.moment_steps[clock]);
+  if (written != history.num_steps) {
+    const auto [first, second] = memory.missed->moment_factors(history, written);
+    scalars.beta1 *= first;
+    scalars.beta2 *= second;
+  }
+  memory.moments.moment_steps[clock] = static_cast<int32_t>(history.step() + 1);
+  memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step() + 1);
 }
 
-SPARSEADAM_INLINE void prefetch(const void* address, int64_t num_bytes) {
-  const char* bytes = static_cast<const char*>(address);
-  for (int64_t offset = 0; offset < num_bytes; offset += kCacheLine) __builtin_prefetch(bytes + offset, 1, 2);
-}
-
-// A table whose moments are of their own type, one of each an element, and whose rows share the step's numbers.
-template <class TableElement, class MomentElement>
+// A table whose moments are of their own type, one of each an element, and whose rows share the step's numbers, but for
+// what those that replay missed steps have missed.
+template <class TableElement, class MomentElement, bool kReplays>
 class PlainRows {
  public:
   using Element = TableElement;
@@ -71,6 +37,7 @@ class PlainRows {
 
   PlainRows(const TableMemory& memory, const StepScalars& scalars, Moment*)
       : memory_(memory),
+        step_scalars_(scalars),
         scalars_(scalars),
         exp_avg_(static_cast<Moment*>(memory.moments.exp_avg)),
         exp_avg_sq_(static_cast<Moment*>(memory.moments.exp_avg_sq)) {}
@@ -79,12 +46,20 @@ class PlainRows {
     const auto num_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
     prefetch(exp_avg_ + slot * memory_.moments.exp_avg_stride, num_bytes);
     prefetch(exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride, num_bytes);
+    if constexpr (kReplays) prefetch(memory_.moments.moment_steps + slot * memory_.moments.clock_stride, 1);
   }
 
   template <class Gradient>
   SPARSEADAM_INLINE void update(Element* table, int64_t, int64_t slot, const Gradient* gradient) const {
-    update_elements(table, exp_avg_ + slot * memory_.moments.exp_avg_stride,
-                    exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride, gradient, memory_.width, scalars_);
+    Moment* exp_avg = exp_avg_ + slot * memory_.moments.exp_avg_stride;
+    Moment* exp_avg_sq = exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride;
+    if constexpr (kReplays) {
+      StepScalars scalars = step_scalars_;
+      count_in_missed_steps(memory_, slot, scalars);
+      update_elements(table, exp_avg, exp_avg_sq, gradient, memory_.width, Scalars<Moment>(scalars));
+    } else {
+      update_elements(table, exp_avg, exp_avg_sq, gradient, memory_.width, scalars_);
+    }
   }
 
  private:
@@ -103,6 +78,7 @@ class PlainRows {
   }
 
   const TableMemory& memory_;
+  const StepScalars& step_scalars_;
   const Scalars<Moment> scalars_;
   Moment* exp_avg_;
   Moment* exp_avg_sq_;
@@ -144,6 +120,7 @@ class AnyRows {
     }
     if (moments_.row_steps != nullptr) prefetch(moments_.row_steps + slot, 1);
     if (moments_.paid_log_decay != nullptr) prefetch(moments_.paid_log_decay + slot, 1);
+    if (moments_.moment_steps != nullptr) prefetch(moments_.moment_steps + slot * moments_.clock_stride, 1);
   }
 
   template <class Gradient>
@@ -189,6 +166,7 @@ class AnyRows {
       scalars.step_size = scalars.lr / bias_correction1 * (torch_eps ? root_correction2 : 1.0);
       scalars.root_scale = torch_eps ? 1.0 : 1.0 / root_correction2;
     }
+    if (moments_.moment_steps != nullptr) count_in_missed_steps(memory_, slot, scalars);
     if (moments_.paid_log_decay != nullptr) {
       scalars.decay = std::exp(memory_.log_decay - moments_.paid_log_decay[slot]);
       moments_.paid_log_decay[slot] = memory_.log_decay;
@@ -337,9 +315,7 @@ SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run,
   auto* table = static_cast<Element*>(memory.table);
   const auto* values = static_cast<const Element*>(memory.values);
   const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
-  const int64_t ahead = row_bytes == 0
-                            ? kMinPrefetchRows
-                            : std::min(std::max(kPrefetchBytes / row_bytes, kMinPrefetchRows), kMaxPrefetchRows);
+  const int64_t ahead = prefetch_distance(row_bytes);
   const int64_t last_entry = run.num_rows == 0 ? 0 : run.ends[run.num_rows - 1] - int64_t{1};
 
   for (int64_t r = 0; r < run.num_rows; ++r) {
@@ -374,8 +350,8 @@ SPARSEADAM_INLINE void sum_row(const Element* values, int64_t width, const RowRu
   const Partitioning& lookups = *run.lookups;
   const Entry* sorted = lookups.sorted();
   const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
-  const int64_t row_bytes = std::max<int64_t>(static_cast<int64_t>(sizeof(Element)) * width, 1);
-  const int64_t ahead = std::min(std::max(kPrefetchBytes / row_bytes, kMinPrefetchRows), kMaxPrefetchRows);
+  const int64_t row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
+  const int64_t ahead = prefetch_distance(row_bytes);
   std::fill(sum, sum + width, Moment{0});
   for (int64_t entry = run.begins[r]; entry < run.ends[r]; ++entry) {
     prefetch(values + lookups.position_of(sorted[std::min(entry + ahead, last_entry)]) * width, row_bytes);
@@ -417,27 +393,30 @@ SPARSEADAM_INLINE void sum_rows(const void* values, int64_t width, const RowRun&
 
 SPARSEADAM_VARIANT(portable, )
 #if defined(SPARSEADAM_X86)
-SPARSEADAM_VARIANT(avx2, __attribute__((target("avx2,f16c"))))
-SPARSEADAM_VARIANT(avx512,
-                   __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+SPARSEADAM_VARIANT(avx2, SPARSEADAM_AVX2)
+SPARSEADAM_VARIANT(avx512, SPARSEADAM_AVX512)
 #endif
 
-template <class Element, class Moment>
-RowKernels choose(bool is_plain, InstructionSet instruction_set) {
-  using Plain = PlainRows<Element, Moment>;
-  using Any = AnyRows<Element, Moment>;
+template <class Rows>
+RowKernels kernels_of(InstructionSet instruction_set) {
+  using Element = typename Rows::Element;
+  using Moment = typename Rows::Moment;
 #if defined(SPARSEADAM_X86)
   if (instruction_set == InstructionSet::kAvx512) {
-    return {is_plain ? update_rows_avx512<Plain> : update_rows_avx512<Any>, is_finite_avx512<Element, Moment>,
-            sum_rows_avx512<Element, Moment>};
+    return {update_rows_avx512<Rows>, is_finite_avx512<Element, Moment>, sum_rows_avx512<Element, Moment>};
   }
   if (instruction_set == InstructionSet::kAvx2) {
-    return {is_plain ? update_rows_avx2<Plain> : update_rows_avx2<Any>, is_finite_avx2<Element, Moment>,
-            sum_rows_avx2<Element, Moment>};
+    return {update_rows_avx2<Rows>, is_finite_avx2<Element, Moment>, sum_rows_avx2<Element, Moment>};
   }
 #endif
-  return {is_plain ? update_rows_portable<Plain> : update_rows_portable<Any>, is_finite_portable<Element, Moment>,
-          sum_rows_portable<Element, Moment>};
+  return {update_rows_portable<Rows>, is_finite_portable<Element, Moment>, sum_rows_portable<Element, Moment>};
+}
+
+template <class Element, class Moment>
+RowKernels choose(bool is_plain, bool replays, InstructionSet instruction_set) {
+  if (!is_plain) return kernels_of<AnyRows<Element, Moment>>(instruction_set);
+  if (replays) return kernels_of<PlainRows<Element, Moment, true>>(instruction_set);
+  return kernels_of<PlainRows<Element, Moment, false>>(instruction_set);
 }
 
 }  // namespace
@@ -464,14 +443,14 @@ RowKernels row_kernels_for(ElementType element, const MomentMemory& moments, boo
                         moments.paid_log_decay == nullptr && !stochastic_rounding;
   switch (element) {
     case ElementType::kFloat32:
-      return choose<float, float>(is_plain, instruction_set);
+      return choose<float, float>(is_plain, moments.moment_steps != nullptr, instruction_set);
     case ElementType::kFloat64:
-      return choose<double, double>(is_plain, instruction_set);
+      return choose<double, double>(is_plain, moments.moment_steps != nullptr, instruction_set);
     case ElementType::kBFloat16:
-      return choose<BFloat16, float>(is_plain, instruction_set);
+      return choose<BFloat16, float>(is_plain, moments.moment_steps != nullptr, instruction_set);
     case ElementType::kFloat16:
 #if defined(SPARSEADAM_HAS_FLOAT16)
-      return choose<Float16, float>(is_plain, instruction_set);
+      return choose<Float16, float>(is_plain, moments.moment_steps != nullptr, instruction_set);
 #else
       return {};
 #endif

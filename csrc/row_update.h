@@ -1,4 +1,4 @@
-// The update of rows: the only place of the native backend where the formula stands.
+// The update of rows.
 //
 // For each row of a run, with g the sum of its lookups' values in lookup order:
 //
@@ -10,11 +10,13 @@
 // beta2**t), and Loshchilov & Hutter's (2019) decoupled weight decay. The scalars come from the caller, computed in
 // double; they are rounded once to the type of the moments. A table's options change the formula thus:
 //
-//   one second moment a row   the mean of g * g over the row takes the place of g * g (FBGEMM's "partial row-wise
-//   Adam") AMSGrad                   the root is of the largest exp_avg_sq so far (Reddi et al., 2018) a row's own
-//   correction    t is the row's count of touches; step_size and root_scale are computed for each row owed decay decay
-//   is exp(log_decay - paid), all that the row missed and this step's own moments of fewer bits     decoded before and
-//   encoded after, by stochastic rounding (rounding.h)
+// - One second moment a row: the mean of g * g over the row takes the place of g * g (FBGEMM's "partial row-wise
+// Adam").
+// - AMSGrad: the root is of the largest exp_avg_sq so far (Reddi et al., 2018).
+// - A row's own correction: t is the row's count of touches; step_size and root_scale are computed for each row.
+// - Owed decay: decay is exp(log_decay - paid), all that the row missed and this step's own.
+// - Missed steps that are replayed: moments are multiplied by the betas of the steps that the row missed, too.
+// - Moments of fewer bits: decoded before and encoded after, by stochastic rounding (rounding.h).
 //
 // Accumulation is in the type of the moments: double for double tables, float for all others. The code is plain loops,
 // compiled once per instruction set; contraction is off, so every instruction set gives the same bits.
@@ -23,7 +25,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "history.h"
 #include "partition.h"
+
+// Wide code is enabled per function and chosen at run time; files themselves stay at the platform's floor.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SPARSEADAM_X86 1
+#define SPARSEADAM_AVX2 __attribute__((target("avx2,f16c")))
+#define SPARSEADAM_AVX512 \
+  __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#endif
 
 namespace sparseadam {
 
@@ -75,6 +86,9 @@ struct MomentMemory {
   int64_t scale_stride;
   int32_t* row_steps;      // touches of each slot
   double* paid_log_decay;  // of each slot
+  int32_t* moment_steps;   // up to which step a slot's moments, and its row's weights, have been brought
+  int32_t* weight_steps;
+  int64_t clock_stride;  // of both
 };
 
 // A table, its moments and its gradient's values, as raw memory. Strides are in elements; a row's elements are
@@ -86,8 +100,10 @@ struct TableMemory {
   bool stochastic_rounding;  // of the table
   const void* values;        // [num_lookups, width]
   int64_t width;
-  uint64_t random_key;  // of the table's step
-  double log_decay;     // what a row owes that has paid nothing, this step included
+  uint64_t random_key;                  // of the table's step
+  double log_decay;                     // what a row owes that has paid nothing, this step included
+  History history;                      // where missed steps are replayed
+  const MissedSteps* missed = nullptr;  // what they add up to, all of them
 };
 
 // Rows to update: row r of the run has the lookups sorted[begins[r]] .. sorted[ends[r] - 1] and the moments at

@@ -1,21 +1,19 @@
 #include "step.h"
 
 #include <algorithm>
-#include <memory>
-#include <mutex>
+#include <utility>
 
 #include "arena.h"
 #include "partition.h"
+#include "pool.h"
 #include "rounding.h"
+#include "slot_index.h"
 #include "thread_team.h"
 
 namespace sparseadam {
 
 namespace {
 
-// Below this many bytes of values a second thread costs more than it brings: waking it takes tens of microseconds.
-constexpr int64_t kMinBytesPerThread = 128 * 1024;
-constexpr int64_t kSlotPrefetchDistance = 16;
 // Rows that an error names.
 constexpr size_t kRowsNamed = 5;
 
@@ -27,15 +25,16 @@ struct ThreadScratch {
 };
 
 // What one table needs during a step. `begins` and `ends` delimit the rows of each partition in the sorted lookups;
-// once a partition is walked, its part of both holds the new rows that wait for their slots. Sorted lookups are
-// kept where rows are looked at before the walk.
+// once a partition is walked, its part of both holds the new rows that wait for their slots. Where rows are looked at
+// before the walk, they are kept with their slots: to find those again would take a cache line a row.
 struct TableScratch {
   Partitioning lookups;
   uint32_t* begins;
   uint32_t* ends;
   int64_t* num_new_rows;  // per partition; then the first slot of its new rows
   int64_t* num_skipped;   // per partition
-  bool is_sorted;
+  int64_t* num_rows;      // per partition, and the slots of its rows, once they are looked at; else nullptr
+  int64_t* slots;
 };
 
 struct Task {
@@ -53,85 +52,13 @@ struct Workspace {
   std::vector<BadIndex> bad;  // per chunk
 };
 
-// Workspaces not in use. Steps of several Python threads each take their own.
-class WorkspacePool {
- public:
-  std::unique_ptr<Workspace> take() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (idle_.empty()) return std::make_unique<Workspace>();
-    auto workspace = std::move(idle_.back());
-    idle_.pop_back();
-    return workspace;
-  }
-  void give_back(std::unique_ptr<Workspace> workspace) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(std::move(workspace));
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Workspace>> idle_;
-};
-
-class BorrowedWorkspace {
- public:
-  BorrowedWorkspace() : workspace_(pool().take()) {}
-  ~BorrowedWorkspace() { pool().give_back(std::move(workspace_)); }
-  BorrowedWorkspace(const BorrowedWorkspace&) = delete;
-  BorrowedWorkspace& operator=(const BorrowedWorkspace&) = delete;
-  Workspace& operator*() { return *workspace_; }
-
- private:
-  static WorkspacePool& pool() {
-    static WorkspacePool instance;
-    return instance;
-  }
-  std::unique_ptr<Workspace> workspace_;
-};
-
-template <class T>
-void grow(std::vector<T>& buffer, int64_t size) {
-  if (buffer.size() < static_cast<size_t>(size)) buffer.resize(static_cast<size_t>(size));
-}
-
-int64_t read_slot(const Table& table, int64_t row) {
-  return (table.wide_slots ? static_cast<const int64_t*>(table.slot_of_row)[row]
-                           : static_cast<const int32_t*>(table.slot_of_row)[row]) -
-         1;
-}
-
-void write_slot(const Table& table, int64_t row, int64_t slot) {
-  if (table.wide_slots) {
-    static_cast<int64_t*>(table.slot_of_row)[row] = slot + 1;
-  } else {
-    static_cast<int32_t*>(table.slot_of_row)[row] = static_cast<int32_t>(slot + 1);
-  }
-}
-
-void prefetch_slot(const Table& table, int64_t row) {
-  const int64_t size = table.wide_slots ? sizeof(int64_t) : sizeof(int32_t);
-  __builtin_prefetch(static_cast<const char*>(table.slot_of_row) + row * size, 0, 2);
-}
-
 TableMemory memory_of(const TableStep& step) {
   const Table& table = *step.table;
   const uint64_t key =
       step_key(static_cast<uint64_t>(step.scalars.seed), table.stream, static_cast<uint64_t>(step.scalars.step));
-  return {table.table, table.table_stride, table.moments, table.stochastic_rounding,
-          step.values, table.width,        key,           step.log_decay + step.scalars.log_decay};
-}
-
-// Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
-int64_t find_rows(const Table& table, const TableScratch& scratch, int64_t partition, uint32_t* begins, uint32_t* ends,
-                  int64_t* slots) {
-  const Partitioning& lookups = scratch.lookups;
-  const Entry* sorted = lookups.sorted();
-  const int64_t end = lookups.partition_end(partition);
-  const auto prefetch_later = [&](int64_t i) {
-    if (i + kSlotPrefetchDistance < end) prefetch_slot(table, lookups.row_of(sorted[i + kSlotPrefetchDistance]));
-  };
-  return lookups.find_rows(partition, begins, ends, prefetch_later,
-                           [&](int64_t index, int64_t row) { slots[index] = read_slot(table, row); });
+  return {table.table,  table.table_stride, table.moments, table.stochastic_rounding,
+          step.values,  table.width,        key,           step.log_decay + step.scalars.log_decay,
+          step.history, step.missed};
 }
 
 // Takes rows whose gradient is not finite out of a run; returns how many.
@@ -152,11 +79,18 @@ int64_t drop_nonfinite_rows(const TableStep& step, const RowRun& run, uint32_t* 
 // Sorts a partition, updates its rows that have a slot and sets the new ones aside.
 void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                     ThreadScratch& thread) {
-  if (!scratch.is_sorted) scratch.lookups.sort_partition(partition, thread.entries.data());
-  uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
-  uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
-  int64_t* slots = thread.slots.data();
-  RowRun run{&scratch.lookups, begins, ends, slots, find_rows(*step.table, scratch, partition, begins, ends, slots)};
+  const int64_t at = scratch.lookups.partition_begin(partition);
+  uint32_t* begins = scratch.begins + at;
+  uint32_t* ends = scratch.ends + at;
+  const bool was_looked_at = scratch.slots != nullptr;
+  int64_t* slots = was_looked_at ? scratch.slots + at : thread.slots.data();
+  RowRun run{&scratch.lookups, begins, ends, slots, 0};
+  if (was_looked_at) {
+    run.num_rows = scratch.num_rows[partition];
+  } else {
+    scratch.lookups.sort_partition(partition, thread.entries.data());
+    run.num_rows = find_slots(*step.table, scratch.lookups, partition, begins, ends, slots);
+  }
   scratch.num_skipped[partition] = 0;
   if (step.nonfinite == NonFinite::kSkip) {
     scratch.num_skipped[partition] =
@@ -175,20 +109,35 @@ void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partit
   scratch.num_new_rows[partition] = num_new_rows;
 }
 
-// The first rows of a sorted partition whose gradient is not finite, up to kRowsNamed.
-std::vector<int64_t> find_nonfinite_rows(const TableStep& step, TableScratch& scratch, int64_t partition,
-                                         const RowKernels& kernels, ThreadScratch& thread) {
-  uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
-  uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
-  const int64_t num_rows = scratch.lookups.find_rows(partition, begins, ends, [](int64_t) {}, [](int64_t, int64_t) {});
-  const RowRun run{&scratch.lookups, begins, ends, nullptr, num_rows};
-  const TableMemory memory = memory_of(step);
-  std::vector<int64_t> found;
-  for (int64_t r = 0; r < run.num_rows && found.size() < kRowsNamed; ++r) {
-    if (kernels.is_finite(memory, run, r, thread.rows.data())) continue;
-    found.push_back(scratch.lookups.row_of(scratch.lookups.sorted()[begins[r]]));
+// The first rows of a sorted partition that a step is refused for, up to kRowsNamed, and why.
+struct Refused {
+  std::vector<int64_t> behind, nonfinite;
+};
+
+Refused find_refused_rows(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
+                          ThreadScratch& thread) {
+  Partitioning& lookups = scratch.lookups;
+  lookups.sort_partition(partition, thread.entries.data());
+  uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
+  uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
+  int64_t* slots = scratch.slots + lookups.partition_begin(partition);
+  const int64_t num_rows = find_slots(*step.table, lookups, partition, begins, ends, slots);
+  scratch.num_rows[partition] = num_rows;
+  const auto name = [&](std::vector<int64_t>& found, int64_t r) {
+    if (found.size() < kRowsNamed) found.push_back(lookups.row_of(lookups.sorted()[begins[r]]));
+  };
+  Refused refused;
+  if (step.history.steps != nullptr) {
+    find_rows_behind(*step.table, step.history, slots, num_rows, [&](int64_t r) { name(refused.behind, r); });
   }
-  return found;
+  if (step.nonfinite == NonFinite::kRefuse) {
+    const RowRun run{&lookups, begins, ends, nullptr, num_rows};
+    const TableMemory memory = memory_of(step);
+    for (int64_t r = 0; r < num_rows && refused.nonfinite.size() < kRowsNamed; ++r) {
+      if (!kernels.is_finite(memory, run, r, thread.rows.data())) name(refused.nonfinite, r);
+    }
+  }
+  return refused;
 }
 
 // Gives slots to a partition's new rows, in row order from `first_slot`, and updates them.
@@ -233,7 +182,12 @@ int choose_num_threads(const std::vector<TableStep>& tables, int num_threads) {
     const int64_t row_bytes = step.table->width * element_bytes(step.table->element);
     num_bytes += step.num_lookups * (row_bytes + static_cast<int64_t>(sizeof(Entry)));
   }
-  return static_cast<int>(std::clamp<int64_t>(num_bytes / kMinBytesPerThread, 1, std::max(num_threads, 1)));
+  return threads_for(num_bytes, num_threads);
+}
+
+// Whether rows of a table may be refused, so that all are looked at before any is written.
+bool is_looked_at(const TableStep& step) {
+  return step.nonfinite == NonFinite::kRefuse || step.history.steps != nullptr;
 }
 
 // Plans all tables and lists their chunks and partitions. All memory of the step's first half is reserved here.
@@ -255,7 +209,12 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
     scratch.ends = workspace.arena.take<uint32_t>(step.num_lookups);
     scratch.num_new_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
     scratch.num_skipped = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
-    scratch.is_sorted = false;
+    scratch.num_rows = nullptr;
+    scratch.slots = nullptr;
+    if (is_looked_at(step)) {
+      scratch.num_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
+      scratch.slots = workspace.arena.take<int64_t>(step.num_lookups);
+    }
     const auto table_index = static_cast<int64_t>(t);
     for (int64_t c = 0; c < scratch.lookups.num_chunks(); ++c) workspace.chunks.push_back({table_index, c});
     for (int64_t p = 0; p < scratch.lookups.num_partitions(); ++p) workspace.partitions.push_back({table_index, p});
@@ -272,7 +231,7 @@ Fault partition_lookups(Workspace& workspace, Team& team) {
   };
   team.for_each(static_cast<int64_t>(workspace.chunks.size()), partition_chunk);
   for (size_t i = 0; i < workspace.bad.size(); ++i) {
-    if (workspace.bad[i].lookup >= 0) return {workspace.chunks[i].table, workspace.bad[i], {}};
+    if (workspace.bad[i].lookup >= 0) return {workspace.chunks[i].table, workspace.bad[i], {}, false};
   }
   return {};
 }
@@ -295,32 +254,39 @@ void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace)
   }
 }
 
-// Looks at the gradients of tables that refuse what is not finite, before anything is written.
-Fault look_for_nonfinite_rows(const std::vector<TableStep>& tables, const std::vector<RowKernels>& kernels,
-                              Workspace& workspace, Team& team) {
+// Looks at the rows of tables that may refuse some, before anything is written. The fault is that of the first such
+// table; where rows of it are behind, their gradients do not matter.
+Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKernels>& kernels, Workspace& workspace,
+                   Team& team) {
   std::vector<Task> tasks;
   for (const Task& task : workspace.partitions) {
-    if (tables[static_cast<size_t>(task.table)].nonfinite == NonFinite::kRefuse) tasks.push_back(task);
+    if (is_looked_at(tables[static_cast<size_t>(task.table)])) tasks.push_back(task);
   }
-  std::vector<std::vector<int64_t>> found(tasks.size());
+  std::vector<Refused> found(tasks.size());
   auto look = [&](int64_t index, int thread) {
     const Task& task = tasks[static_cast<size_t>(index)];
     const auto t = static_cast<size_t>(task.table);
     ThreadScratch& scratch = workspace.threads[static_cast<size_t>(thread)];
-    workspace.tables[t].lookups.sort_partition(task.part, scratch.entries.data());
     found[static_cast<size_t>(index)] =
-        find_nonfinite_rows(tables[t], workspace.tables[t], task.part, kernels[t], scratch);
+        find_refused_rows(tables[t], workspace.tables[t], task.part, kernels[t], scratch);
   };
   team.for_each(static_cast<int64_t>(tasks.size()), look);
   Fault fault;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    workspace.tables[static_cast<size_t>(tasks[i].table)].is_sorted = true;
-    if (found[i].empty() || (fault.table >= 0 && fault.table != tasks[i].table)) continue;
-    fault.table = tasks[i].table;
-    for (const int64_t row : found[i]) {
-      if (fault.rows.size() < kRowsNamed) fault.rows.push_back(row);
+  std::vector<int64_t> nonfinite;
+  const auto take_over = [](std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+    for (const int64_t row : from) {
+      if (to.size() < kRowsNamed) to.push_back(row);
     }
+  };
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const bool is_refused = !found[i].behind.empty() || !found[i].nonfinite.empty();
+    if (!is_refused || (fault.table >= 0 && fault.table != tasks[i].table)) continue;
+    fault.table = tasks[i].table;
+    take_over(fault.rows, found[i].behind);
+    take_over(nonfinite, found[i].nonfinite);
   }
+  fault.rows_are_behind = !fault.rows.empty();
+  if (!fault.rows_are_behind) fault.rows = std::move(nonfinite);
   return fault;
 }
 
@@ -348,14 +314,14 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instr
   reserve_threads(tables, workspace);
 
   std::vector<RowKernels> kernels;
-  bool refuses_nonfinite = false;
+  bool is_any_looked_at = false;
   for (const TableStep& step : tables) {
     const Table& table = *step.table;
     kernels.push_back(row_kernels_for(table.element, table.moments, table.stochastic_rounding, instruction_set));
-    refuses_nonfinite |= step.nonfinite == NonFinite::kRefuse;
+    is_any_looked_at |= is_looked_at(step);
   }
-  if (refuses_nonfinite) {
-    fault = look_for_nonfinite_rows(tables, kernels, workspace, team);
+  if (is_any_looked_at) {
+    fault = look_at_rows(tables, kernels, workspace, team);
     if (fault.table >= 0) return fault;
   }
   const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
@@ -386,7 +352,10 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instr
 }  // namespace
 
 Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
-  BorrowedWorkspace borrowed;
+  for (TableStep& table : tables) {
+    if (table.missed != nullptr) table.missed->advance(table.history);
+  }
+  Borrowed<Workspace> borrowed;
   const int num_threads = choose_num_threads(tables, max_threads);
   plan(tables, num_threads, *borrowed);
   Fault fault;

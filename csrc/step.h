@@ -37,16 +37,19 @@ struct TableStep {
   StepScalars scalars;
   NonFinite nonfinite;
   // In: as before the step. Out: as after it.
-  int64_t num_slots;    // in use
-  int64_t num_skipped;  // rows left as they were, over all steps
-  double log_decay;     // owed by a row that has paid nothing
+  int64_t num_slots;              // in use
+  int64_t num_skipped;            // rows left as they were, over all steps
+  double log_decay;               // owed by a row that has paid nothing
+  History history;                // where missed steps are replayed
+  MissedSteps* missed = nullptr;  // of that history; takes in what is new of it
 };
 
 // Why a step was not taken, of the first table in their order that it cannot be taken for; `table` is -1 if it was.
 struct Fault {
   int64_t table = -1;
-  BadIndex bad_index;         // its first, if any
-  std::vector<int64_t> rows;  // else its first rows whose gradient is not finite, ascending
+  BadIndex bad_index;            // its first, if any
+  std::vector<int64_t> rows;     // else its first rows that are refused, ascending
+  bool rows_are_behind = false;  // why: they have missed steps that they were not moved by, or are not finite
 };
 
 // Updates all tables in place, or none: with a fault nothing has been written. The caller guarantees room for one slot

@@ -22,6 +22,9 @@ constexpr int kTaskBits = 32;
 constexpr uint64_t kTaskMask = (uint64_t{1} << kTaskBits) - 1;
 constexpr uint64_t kDismissed = ~uint64_t{0} >> kTaskBits;
 
+// Below this many bytes of values a second thread costs more than it brings: waking it takes tens of microseconds.
+constexpr int64_t kMinBytesPerThread = 128 * 1024;
+
 // Looks at a ticket or a count before giving way: some tens of microseconds. Beyond that the core is worth more to
 // whoever else wants it.
 constexpr int kLooksBeforeYield = 500;
@@ -105,6 +108,10 @@ void fork_join(int num_threads, const ThreadMain& thread_main) {
 }
 
 }  // namespace
+
+int threads_for(int64_t num_bytes, int max_threads) {
+  return static_cast<int>(std::clamp<int64_t>(num_bytes / kMinBytesPerThread, 1, std::max(max_threads, 1)));
+}
 
 void Team::launch(int num_threads, void (*step)(void* context, Team& team), void* context) {
   watch_for_forks();

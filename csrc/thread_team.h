@@ -56,4 +56,7 @@ void with_team(int num_threads, Step& step) {
   Team::launch(num_threads, [](void* context, Team& team) { (*static_cast<Step*>(context))(team); }, &step);
 }
 
+// How many threads pay for work that moves this many bytes, at most `max_threads`.
+int threads_for(int64_t num_bytes, int max_threads);
+
 }  // namespace sparseadam

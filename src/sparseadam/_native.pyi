@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class MomentMemory:
     """Where a table's moments are, by address; 0 for those it does without."""
 
-    def __init__(self, *, type: str, one_exp_avg_sq_a_row: bool, exp_avg: int, exp_avg_sq: int, max_exp_avg_sq: int, exp_avg_stride: int, exp_avg_sq_stride: int, exp_avg_scale: int, exp_avg_sq_scale: int, scale_stride: int, row_steps: int, paid_log_decay: int) -> None: ...
+    def __init__(self, *, type: str, one_exp_avg_sq_a_row: bool, exp_avg: int, exp_avg_sq: int, max_exp_avg_sq: int, exp_avg_stride: int, exp_avg_sq_stride: int, exp_avg_scale: int, exp_avg_sq_scale: int, scale_stride: int, row_steps: int, paid_log_decay: int, moment_steps: int, weight_steps: int, clock_stride: int) -> None: ...
 
 class Table:
     """A table and its compact moments, by address."""
@@ -24,10 +24,25 @@ def instruction_sets() -> list[str]:
 def fits(num_rows: int, num_lookups: int) -> bool:
     """Whether a step of this size fits the packed (row, position) entries."""
 
-def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int]] | None:
+def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int], tuple[int, int, int]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int], bool] | None:
     """
     Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or
-    none. Returns None, or why not: (table, (dimension, index) or None, rows whose gradient is not finite).
+    none. Returns None, or why not: (table, (dimension, index) or None, rows that are refused, whether because
+    they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps), the
+    address 0 where missed steps are not replayed.
+    """
+
+class MissedSteps:
+    """
+    What the steps of one history add up to, taken in as catch_up needs it.
+    """
+
+    def __init__(self) -> None: ...
+
+def catch_up(*, table: Table, rows: int, num_rows_read: int, num_slots: int, history: tuple[int, int, int], missed: MissedSteps, seed: int, instruction_set: str, num_threads: int) -> int | None:
+    """
+    Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the
+    table.
     """
 
 class Coalescing:

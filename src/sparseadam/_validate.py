@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .history import MAX_WINDOW, window
 from .moments import StateLayout
 
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,6 +35,7 @@ GROUP_OPTIONS = (
     "stochastic_rounding",
     "dense_gradients",
     "nonfinite",
+    "missed_steps",
     "torch_eps",
 )
 # An option too, where a group rounds stochastically; below 2**53, so that every number type holds it.
@@ -47,6 +49,7 @@ CHOICES = {
     "second_moment": ("element", "row"),
     "dense_gradients": ("error", "adam"),
     "nonfinite": ("propagate", "error", "skip"),
+    "missed_steps": ("skip", "replay"),
 }
 MOMENT_DTYPES = (torch.bfloat16, torch.uint8)
 
@@ -249,16 +252,20 @@ def _read_options(
     stochastic_rounding: object,
     dense_gradients: object,
     nonfinite: object,
+    missed_steps: object,
     torch_eps: object,
     seed: object,
 ) -> GroupOptions:
     beta1, beta2 = check_betas(betas)
+    replays = check_choice(missed_steps, "missed_steps") == "replay"
+    decays_exactly = check_choice(weight_decay_mode, "weight_decay_mode") == "exact"
     layout = StateLayout(
         stored_dtype=check_moment_dtype(moment_dtype),
         one_exp_avg_sq_a_row=check_choice(second_moment, "second_moment") == "row",
         amsgrad=_check_flag(amsgrad, "amsgrad"),
         row_steps=check_choice(bias_correction, "bias_correction") == "row",
-        owes_decay=check_choice(weight_decay_mode, "weight_decay_mode") == "exact",
+        owes_decay=decays_exactly and not replays,  # which decays rows for every step as it is
+        replays=replays,
     )
     options = GroupOptions(
         lr=check_lr(lr, allow_zero=True),
@@ -293,15 +300,42 @@ def _check_together(options: GroupOptions) -> None:
             f"amsgrad=True with moment_dtype={layout.stored_dtype} is not supported: the largest of values that are "
             "rounded at random grows beyond all of them. Use moment_dtype=None."
         )
-    if layout.owes_decay and options.lr * options.weight_decay >= 1.0:
+    if (layout.owes_decay or layout.replays) and options.lr * options.weight_decay >= 1.0:
+        option = "missed_steps='replay'" if layout.replays else "weight_decay_mode='exact'"
         raise ValueError(
-            f"lr * weight_decay is {options.lr * options.weight_decay}: weight_decay_mode='exact' needs it below 1, or "
-            "a row would change its sign with each step. Use a smaller weight_decay."
+            f"lr * weight_decay is {options.lr * options.weight_decay}: {option} needs it below 1, or a row would "
+            "change its sign with each step. Use a smaller weight_decay."
         )
+    if layout.replays:
+        _check_replays(options)
     if options.seed is None and (options.stochastic_rounding or layout.stored_dtype is not None):
         raise ValueError(
             "seed missing: stochastic rounding needs one, which the optimizer draws when it is built or a group is "
             "added. Pass stochastic_rounding and moment_dtype there, or set the group's seed too."
+        )
+
+
+def _check_replays(options: GroupOptions) -> None:
+    layout = options.layout
+    others = {
+        "amsgrad=True": layout.amsgrad,
+        f"moment_dtype={layout.stored_dtype}": layout.stored_dtype is not None,
+        "second_moment='row'": layout.one_exp_avg_sq_a_row,
+        "bias_correction='row'": layout.row_steps,
+    }
+    other = next((option for option, is_set in others.items() if is_set), None)
+    if other is not None:
+        raise ValueError(
+            f"missed_steps='replay' with {other} is not supported: it replays the steps of plain Adam and AdamW. Use "
+            "missed_steps='skip', or leave the other option at its default."
+        )
+    num_steps = window(options.beta1, options.beta2)
+    if num_steps > MAX_WINDOW:
+        reason = "without end" if math.isinf(num_steps) else f"for {num_steps} steps"
+        raise ValueError(
+            f"missed_steps='replay' with betas=({options.beta1}, {options.beta2}) is not supported: a row that is not "
+            f"touched would go on moving {reason}. The first beta must be below the root of the second, and so far "
+            f"that their quotient's power of {MAX_WINDOW} is negligible."
         )
 
 
@@ -417,9 +451,14 @@ def check_row_range(rows: Tensor, num_rows: int, place: Place) -> None:
     Raises:
         IndexError: naming the first one.
     """
-    outside = rows[(rows < 0) | (rows >= num_rows)]
-    if len(outside) > 0:
-        raise IndexError(f"row {int(outside[0])} is outside the {num_rows} rows of {place}. Nothing was changed.")
+    if bool(((rows < 0) | (rows >= num_rows)).any()):
+        raise row_range_error(rows, num_rows, place)
+
+
+def row_range_error(rows: Tensor, num_rows: int, place: Place) -> IndexError:
+    """Make the error for rows of which at least one is outside a table."""
+    first = rows[(rows < 0) | (rows >= num_rows)][0]
+    return IndexError(f"row {int(first)} is outside the {num_rows} rows of {place}. Nothing was changed.")
 
 
 def check_resize(param: Tensor, num_rows: object, place: Place) -> None:
@@ -576,6 +615,7 @@ def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -
         "amsgrad": "amsgrad",
         "row_steps": "bias_correction",
         "owes_decay": "weight_decay_mode",
+        "replays": "missed_steps",
     }
     changed = [options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name)]
     return RuntimeError(
@@ -588,8 +628,8 @@ def regrouping_error(place: Place, found: int, wanted: int) -> RuntimeError:
     """Make the error for a gradient of another sparse_dim where moments of rows cannot be cut or joined."""
     return RuntimeError(
         f"the gradient of {place} has sparse_dim {wanted}, and the one before had {found}. What is kept for whole rows "
-        "(bias_correction='row', second_moment='row', weight_decay_mode='exact', moment_dtype=torch.uint8) cannot be "
-        "regrouped. Keep to one sparse_dim."
+        "(bias_correction='row', second_moment='row', weight_decay_mode='exact', missed_steps='replay', "
+        "moment_dtype=torch.uint8) cannot be regrouped. Keep to one sparse_dim."
     )
 
 
@@ -599,6 +639,26 @@ def nonfinite_error(place: Place, rows: Sequence[int]) -> RuntimeError:
     return RuntimeError(
         f"the gradient of {place} is not finite, first in rows {named} (repeated rows summed), and nonfinite='error'. "
         "No row was changed. Look for what made it so, clip gradients, or pass nonfinite='skip' to leave such rows."
+    )
+
+
+def behind_error(place: Place, rows: Sequence[int]) -> RuntimeError:
+    """Make the error for a gradient of rows that had not been brought up to date when they were read."""
+    named = ", ".join(map(str, rows))
+    return RuntimeError(
+        f"the gradient of {place} names rows that are behind, first {named}: missed_steps='replay', and they were not "
+        "brought up to date since the last step, so the gradient is that of old weights. Nothing was changed. Call "
+        "optimizer.attach(model) before training, which does it whenever nn.Embedding or nn.EmbeddingBag looks rows "
+        "up, or optimizer.catch_up(param, rows) before your own module reads them."
+    )
+
+
+def dense_behind_error(place: Place) -> RuntimeError:
+    """Make the error for a dense gradient of a table with rows that had not been brought up to date."""
+    return RuntimeError(
+        f"the gradient of {place} is dense, and rows of it are behind: missed_steps='replay', and they were not "
+        "brought up to date before the table was read as a whole. Nothing was changed. Call optimizer.flush() before "
+        "each such forward pass."
     )
 
 

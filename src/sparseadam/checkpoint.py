@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._validate import GROUP_OPTIONS, SEED, GroupOptions, Place, checkpoint_error, shape_text
-from .moments import Moments, StateLayout, moment_dtype
+from .moments import CLOCKS, Moments, StateLayout, moment_dtype
 
 # Written beside the state; raised when a file of the old form could no longer be read.
 FORMAT_KEY = "sparseadam_format"
@@ -60,8 +60,11 @@ def check_format(state_dict: Mapping[str, Any]) -> None:
 
 
 def write_state(moments: Moments) -> dict[str, Any]:
-    """Return a table's state as plain values and tensors; the tensors are live views, as in PyTorch."""
-    return moments.parts()
+    """Return a table's state as plain values and tensors; the tensors are live views, as in PyTorch.
+
+    A table that replays missed steps has been brought up to date, so its clocks all show its step and are left out.
+    """
+    return {name: part for name, part in moments.parts().items() if name not in CLOCKS}
 
 
 def write_torch_state(moments: Moments) -> dict[str, Any]:
@@ -145,8 +148,10 @@ def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, 
         raise checkpoint_error(place, f"a {type(state).__name__} found, a dict expected")
     if not is_compact and "rows" not in state:
         return _read_dense(check_dense_state(state, table, place, layout), state, table, layout)
-    _check_keys(state, [*_compact_keys(layout), *(["num_skipped"] if "num_skipped" in state else [])], place)
+    optional = [name for name in ("num_skipped", *(CLOCKS if layout.replays else ())) if name in state]
+    _check_keys(state, [*_compact_keys(layout), *optional], place)
     step = _read_step(state["step"], place)
+    _check_clocks(state, step, place)
     for key in _DENSE_KEYS[1:]:
         _check_moment(state[key], key, table, place, layout, dense=False)
     return _read_compact(step, state, table, place, layout)
@@ -178,12 +183,12 @@ def _check_keys(state: Mapping[Any, Any], wanted: Sequence[str], place: Place) -
 
 
 def _compact_keys(layout: StateLayout) -> list[str]:
-    parts = layout.parts(torch.Size(), torch.float32)
+    parts = [name for name in layout.parts(torch.Size(), torch.float32) if name not in CLOCKS]
     return ["step", *parts, *(["log_decay"] if layout.owes_decay else [])]
 
 
 def _dense_keys(layout: StateLayout, place: Place) -> list[str]:
-    if layout != StateLayout(amsgrad=layout.amsgrad, owes_decay=layout.owes_decay):
+    if layout != StateLayout(amsgrad=layout.amsgrad, owes_decay=layout.owes_decay, replays=layout.replays):
         raise checkpoint_error(
             place,
             "dense moments of PyTorch's found, which load only where moments are kept as PyTorch keeps them "
@@ -248,12 +253,25 @@ def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Pla
         )
     _check_rows(rows, len(exp_avg), math.prod(table.shape[:sparse_dim]), place)
     for name, part in layout.parts(row_shape, moment_dtype(table.dtype)).items():
+        if name in CLOCKS:
+            continue
         _check_part(state[name], name, (len(exp_avg), *part.shape), part.dtype, place)
     counters = {key: state[key] for key in ("log_decay", "num_skipped") if key in state}
     _check_counters(counters, place)
     moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
     moments.fill({**state, **counters, "step": step})
     return moments
+
+
+def _check_clocks(state: Mapping[str, Any], step: int, place: Place) -> None:
+    """Refuse the live state of a table with rows that are behind: what they missed is not in it."""
+    for name in CLOCKS:
+        if name in state and not bool((torch.as_tensor(state[name]) == step).all()):
+            raise checkpoint_error(
+                place,
+                f"{name} shows rows that are behind step {step}. Call flush() before a state is taken out of an "
+                "optimizer with missed_steps='replay', or take it from state_dict()",
+            )
 
 
 def _check_part(part: object, name: str, shape: tuple[int, ...], dtype: torch.dtype, place: Place) -> None:

@@ -238,7 +238,7 @@ def _fitting_state(
     if _is_fitting(state, keys, parameter, is_fused):
         return state
     _check_change(state["exp_avg"] if "exp_avg" in state else None, parameter, place)
-    found = StateLayout(amsgrad="max_exp_avg_sq" in state, owes_decay=layout.owes_decay)
+    found = StateLayout(amsgrad="max_exp_avg_sq" in state, owes_decay=layout.owes_decay, replays=layout.replays)
     if found != layout:
         raise _validate.layout_change_error(place, found, layout)
     return read_state(state, parameter, place, amsgrad=layout.amsgrad)

@@ -16,9 +16,15 @@ from torch import Tensor
 
 from . import rounding
 from ._memory import Part, slot_memory, zeros
+from .history import LOG_BETA1, LOG_BETA2, History
 
 # Counted for the table as a whole; the last two are there only where their option is, or something was counted.
 COUNTERS = ("step", "num_skipped", "log_decay")
+
+# Of layouts that replay missed steps: up to which step a slot's moments, and its row's weights, have been brought.
+CLOCKS = ("moment_steps", "weight_steps")
+
+_SLOTS_AT_ONCE = 1 << 16
 
 _EXP_AVGS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -38,6 +44,7 @@ class StateLayout(NamedTuple):
         amsgrad: keep the largest second moments.
         row_steps: count each row's touches.
         owes_decay: keep what weight decay each row has paid.
+        replays: keep which steps each row has missed, which are replayed when it is next read.
     """
 
     stored_dtype: torch.dtype | None = None
@@ -45,6 +52,7 @@ class StateLayout(NamedTuple):
     amsgrad: bool = False
     row_steps: bool = False
     owes_decay: bool = False
+    replays: bool = False
 
     def parts(self, row_shape: torch.Size, dtype: torch.dtype) -> dict[str, Part]:
         """Return the parts kept for each slot of a table whose moments are computed in ``dtype``."""
@@ -64,6 +72,8 @@ class StateLayout(NamedTuple):
             parts["row_steps"] = Part((), torch.int32, "row steps")
         if self.owes_decay:
             parts["paid_log_decay"] = Part((), torch.float64, "paid")
+        if self.replays:
+            parts.update((name, Part((), torch.int32, "clocks")) for name in CLOCKS)
         return parts
 
     @property
@@ -92,8 +102,9 @@ class Moments(MutableMapping[str, Any]):
         there where ``layout`` says so: ``max_exp_avg_sq`` like ``exp_avg_sq``; ``exp_avg_scale`` and
         ``exp_avg_sq_scale`` float32 ``[num_slots, num_blocks]``; ``row_steps`` int32 ``[num_slots]``;
         ``paid_log_decay`` float64 ``[num_slots]``, of ``log_decay`` (float), which is what a row owes that has paid
-        nothing. ``num_skipped`` (int), once a row was skipped. The tensors are live views: writing to them writes the
-        state.
+        nothing; ``moment_steps`` and ``weight_steps`` int32 ``[num_slots]``, up to which step a slot's moments and its
+        row's weights have been brought. ``num_skipped`` (int), once a row was skipped. The tensors are live views:
+        writing to them writes the state.
     """
 
     __slots__ = (
@@ -102,6 +113,7 @@ class Moments(MutableMapping[str, Any]):
         "_memory",
         "device",
         "dtype",
+        "history",
         "layout",
         "native_table",
         "num_rows",
@@ -136,6 +148,8 @@ class Moments(MutableMapping[str, Any]):
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
         slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
+        # The steps that rows may have missed, where they are replayed.
+        self.history = History(0) if layout.replays else None
         # What the native backend made of the table and these moments in its last general step.
         self.native_table: object | None = None
 
@@ -190,7 +204,8 @@ class Moments(MutableMapping[str, Any]):
         """Bytes in use: all that is kept for the slots, and the index of all rows."""
         parts = self.layout.parts(self.row_shape, self.dtype).values()
         slot_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-        return self.num_slots * slot_bytes + self.num_rows * self.slot_of_row.dtype.itemsize
+        history_bytes = 0 if self.history is None else self.history.num_bytes
+        return self.num_slots * slot_bytes + self.num_rows * self.slot_of_row.dtype.itemsize + history_bytes
 
     @property
     def capacity(self) -> int:
@@ -230,26 +245,37 @@ class Moments(MutableMapping[str, Any]):
         self.rows[first:] = new_rows
         return slots
 
-    def fill(self, parts: Mapping[str, Any]) -> None:
-        """Take over a saved state; rows keep their order. Only for moments that have no slots yet."""
+    def fill(self, parts: Mapping[str, Any], history: History | None = None) -> None:
+        """Take over a saved state; rows keep their order. Only for moments that have no slots yet.
+
+        Without a history of missed steps no row has missed any.
+        """
         for name in COUNTERS:
             if name in parts:
                 setattr(self, name, parts[name])
         self.num_slots = len(parts["rows"])
         self.grow(self.num_slots)
+        if self.layout.replays:
+            self.history = History(self.step) if history is None else history.copy()
         for name, part in self.slot_parts().items():
-            part.copy_(parts[name])
+            if name in CLOCKS and history is None:
+                part.fill_(self.step)
+            else:
+                part.copy_(parts[name])
         slots = torch.arange(1, self.num_slots + 1, device=self.device)
         self.slot_of_row[self.rows] = slots.to(self.slot_of_row.dtype)
 
     def to_device(self, device: torch.device) -> Moments:
         """Return the same state on another device."""
         moved = Moments(self.shape, self.sparse_dim, self.dtype, device, self.layout)
-        moved.fill(self.parts())
+        moved.fill(self.parts(), self.history)
         return moved
 
     def resized(self, shape: torch.Size) -> Moments:
-        """Return the same state for a table of more or fewer leading entries; rows beyond its end are left out."""
+        """Return the same state for a table of more or fewer leading entries; rows beyond its end are left out.
+
+        Rows have paid what they owed and are up to date.
+        """
         changed = Moments(shape, self.sparse_dim, self.dtype, self.device, self.layout)
         is_kept = self.rows < changed.num_rows
         parts = self.parts()
@@ -262,7 +288,7 @@ class Moments(MutableMapping[str, Any]):
         A row that would then owe the weight decay of steps before keeps its slot, with all else zero.
         """
         slots = self.slot_of_row[rows].to(torch.int64) - 1
-        if self.layout.owes_decay:
+        if self.layout.owes_decay or self.layout.replays:
             self._clear(self.claim_slots(rows.sort().values))
             return
         self._give_back(slots[slots >= 0])
@@ -271,6 +297,8 @@ class Moments(MutableMapping[str, Any]):
         for name, part in self.slot_parts().items():
             if name == "paid_log_decay":
                 part[slots] = self.log_decay
+            elif name in CLOCKS:
+                part[slots] = self.step
             elif name != "rows":
                 part[slots] = 0
 
@@ -295,6 +323,7 @@ class Moments(MutableMapping[str, Any]):
         """
         changed = Moments(self.shape, sparse_dim, self.dtype, self.device, self.layout)
         changed.step, changed.num_skipped, changed.log_decay = self.step, self.num_skipped, self.log_decay
+        changed.history = self.history
         if self.num_slots == 0:
             return changed
         names = [name for name in _EXP_AVGS if name in self]
@@ -318,12 +347,48 @@ class Moments(MutableMapping[str, Any]):
             target.copy_(filled.reshape(target.shape))
         return changed
 
+    def are_behind(self, slots: Tensor) -> Tensor:
+        """Return which of some slots' rows have missed steps that their weights have yet to be moved by."""
+        weight_steps: Tensor = self["weight_steps"]
+        return weight_steps[slots] < self.step
+
+    def set_clocks(self, slots: Tensor, step: int) -> None:
+        """Note that moments and weights of some slots' rows have been brought up to a step."""
+        for name in CLOCKS:
+            self[name][slots] = step
+
+    def settle(self) -> None:
+        """Count missed steps into all moments, once all rows' weights are up to date: a new history begins."""
+        for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
+            slots = torch.arange(begin, min(begin + _SLOTS_AT_ONCE, self.num_slots), device=self.device)
+            current = {name: self.read(name, slots) for name in ("exp_avg", "exp_avg_sq")}
+            for name, values in current.items():
+                self[name][begin : begin + len(slots)] = values
+            self.set_clocks(slots, self.step)
+        self.history = History(self.step)
+
+    def missed_factors(self, slots: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Return what the first and second moments of slots are to be multiplied by, to be those at ``steps``.
+
+        float64 ``[len(slots)]`` both: products of the betas of the steps since the moments were written.
+        """
+        assert self.history is not None, "only where missed steps are replayed"
+        base = self.history.base
+        logs = self.history.numbers()[:, [LOG_BETA1, LOG_BETA2]].to(self.device)
+        # A slot that is new has a clock of zero, and moments of zero, which any factor will do for.
+        written = (self["moment_steps"][slots].to(torch.int64) - base).clamp(min=0)
+        factors = (logs[steps - base] - logs[written]).exp()
+        return factors[:, 0], factors[:, 1]
+
     def read(self, name: str, slots: Tensor) -> Tensor:
         """Return a moment of some slots in the dtype in which moments are computed, ``[len(slots), *row_shape]``.
 
-        One second moment a row has the shape ``[len(slots)]``.
+        One second moment a row has the shape ``[len(slots)]``. Steps that were missed are counted in.
         """
         stored: Tensor = self[name][slots]
+        if self.layout.replays:
+            factor = self.missed_factors(slots, self.step)[_EXP_AVGS.index(name)].to(self.dtype)
+            return stored * factor.reshape(-1, *(1,) * len(self.row_shape))
         if stored.dtype is not torch.uint8:
             return stored.to(self.dtype)
         decode = rounding.decode_exp_avg if name == "exp_avg" else rounding.decode_exp_avg_sq
@@ -411,7 +476,7 @@ class Moments(MutableMapping[str, Any]):
         """Copy and pickle what is in use; the index is rebuilt."""
         parts = {key: part.contiguous() if isinstance(part, Tensor) else part for key, part in self.parts().items()}
         parts["rows"] = self.rows.clone()
-        return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, self.layout, parts)
+        return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, self.layout, parts, self.history)
 
 
 def _rebuild(
@@ -421,7 +486,8 @@ def _rebuild(
     device: torch.device,
     layout: StateLayout,
     parts: Mapping[str, Any],
+    history: History | None,
 ) -> Moments:
     moments = Moments(shape, sparse_dim, dtype, device, layout)
-    moments.fill(parts)
+    moments.fill(parts, history)
     return moments

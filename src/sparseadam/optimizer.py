@@ -9,15 +9,16 @@ from copy import deepcopy
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _validate, checkpoint, dense, update
+from . import _validate, checkpoint, dense, replay, update
 from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
 from .moments import Moments, StateLayout, moment_dtype
+from .reading import Hooks
 from .update import RowUpdate, SteadyStep, step_scalars
 
 
@@ -104,6 +105,13 @@ class SparseAdam(torch.optim.Optimizer):
         nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
             ``"propagate"`` it as PyTorch does, raise an ``"error"`` before anything is written, or ``"skip"`` such
             rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
+        missed_steps: what to do about the steps in which a row was not looked up: ``"skip"`` them, or ``"replay"`` them
+            when the row is next read, so that tables go dense Adam's way: in a missed step the gradient is zero, so
+            momentum moves the row on, both moments decay, and ``weight_decay`` is that of
+            :class:`torch.optim.AdamW` whatever ``weight_decay_mode`` says. Needs :meth:`attach` (or
+            :meth:`catch_up`) and, before weights are read directly, :meth:`flush`; 8 bytes a touched row and the
+            numbers of each step. Not with ``amsgrad``, ``moment_dtype``, ``bias_correction="row"`` or
+            ``second_moment="row"``, and only with betas of which the first is below the root of the second.
         torch_eps: add ``eps`` before bias correction, as :class:`torch.optim.SparseAdam` does: the effective ``eps`` is
             then ``eps / sqrt(1 - beta2**t)``. For runs that were begun with it.
         backend: ``"native"`` (C++, CPU) or ``"reference"`` (PyTorch operations, any device); ``None`` takes, for each
@@ -119,7 +127,8 @@ class SparseAdam(torch.optim.Optimizer):
         ``state[table]`` maps ``step`` (int), ``rows`` ``[num_slots]`` int64, and ``exp_avg`` and ``exp_avg_sq``
         ``[num_slots, *row_shape]`` in the table's dtype (float32 for half-precision tables). A slot belongs to the row
         that ``rows`` names. Options add ``max_exp_avg_sq``, ``row_steps`` (int32), ``paid_log_decay`` (float64) with
-        ``log_decay``, ``exp_avg_scale`` and ``exp_avg_sq_scale`` (float32), and ``num_skipped``;
+        ``log_decay``, ``exp_avg_scale`` and ``exp_avg_sq_scale`` (float32), ``moment_steps`` and ``weight_steps``
+        (int32), and ``num_skipped``;
         ``sparseadam.moments.Moments`` describes them.
 
         After a dense gradient it is the dict that :class:`torch.optim.AdamW` keeps: ``step`` (float32, without
@@ -176,6 +185,7 @@ class SparseAdam(torch.optim.Optimizer):
         generator: torch.Generator | None = None,
         dense_gradients: str = "error",
         nonfinite: str = "propagate",
+        missed_steps: str = "skip",
         torch_eps: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -194,6 +204,7 @@ class SparseAdam(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "dense_gradients": dense_gradients,
             "nonfinite": nonfinite,
+            "missed_steps": missed_steps,
             "torch_eps": torch_eps,
         }
         _validate.check_defaults(defaults)
@@ -256,9 +267,10 @@ class SparseAdam(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient that is dense (or is, with ``dense_gradients="adam"``, in a group with an option
-                for tables only), of a layout other than COO, or not of its table's shape, dtype or device; a table
-                that changed under its moments; or one that the named backend cannot update.
+            RuntimeError: a gradient of rows that are behind (``missed_steps="replay"``); one that is dense (or is,
+                with ``dense_gradients="adam"``, in a group with an option for tables only), of a layout other than
+                COO, or not of its table's shape, dtype or device; a table that changed under its moments; or one that
+                the named backend cannot update.
             IndexError: a row outside its table.
             ValueError: an option of a group has been set outside its range.
         """
@@ -290,6 +302,8 @@ class SparseAdam(torch.optim.Optimizer):
             update.update_rows(updates, self._backend)
         for done in updates:
             self.state[done.table] = done.moments
+            if replay.is_flush_due(done.moments):
+                replay.flush(done.table, done.moments, done.place, options[done.place.group_index], self._backend)
         self._update_dense(dense_updates, options)
         self._list_for_steady_steps(options)
 
@@ -340,6 +354,8 @@ class SparseAdam(torch.optim.Optimizer):
         state = self.state.get(parameter)
         if isinstance(state, Moments):
             state = self._fitting_moments(parameter, state.sparse_dim, place, options.layout)
+            if replay.has_rows_behind(state):
+                raise _validate.dense_behind_error(place)
         return dense.check_update(parameter, grad, state, place, options)
 
     def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, layout: StateLayout) -> Moments:
@@ -382,30 +398,92 @@ class SparseAdam(torch.optim.Optimizer):
             return state
         return self._moments_of(param, place, options.layout)
 
-    def flush(self) -> None:
-        """Apply the weight decay that rows owe, in groups with ``weight_decay_mode="exact"``, to whole tables.
+    def attach(self, model: nn.Module) -> Hooks:
+        """Have the rows of this optimizer's tables brought up to date whenever a model is about to read them.
 
-        Until then the weights of a row are those of its last touch. Call it before weights are read directly (to
-        evaluate, to export); a checkpoint needs no flush, since what is owed is saved with it. It passes over every
-        row of the tables.
+        For ``missed_steps="replay"``. From then on every ``nn.Embedding`` and ``nn.EmbeddingBag`` of the model whose
+        weight is a table of such a group catches up on the rows it looks up, in training and in evaluation, and so
+        does every module that announces what it reads (``register_read_hook``). ``state_dict()`` and
+        ``load_state_dict()`` of a module that holds such a table call :meth:`flush` first. A module of your own that
+        reads a table otherwise calls :meth:`catch_up`. Copies of the model are not attached.
+
+        Args:
+            model: the module that reads the tables, or one that contains it.
+
+        Returns:
+            A handle; its ``remove()`` detaches the model. It is a context manager as well.
+        """
+        replaying = [group for group in self.param_groups if group["missed_steps"] == "replay"]
+        tables = [table for group in replaying for table in group["params"]]
+        return replay.attach(model, tables, self._catch_up_if_own, self.flush)
+
+    def catch_up(self, param: Tensor, rows: Tensor) -> None:
+        """Move rows of a table by the steps they have missed, before they are read.
+
+        What :meth:`attach` does for modules that it knows. Rows that are up to date are left as they are. Of a table
+        with ``missed_steps="skip"`` no row is ever behind.
+
+        Args:
+            param: the table, one of this optimizer's.
+            rows: int64 ``[num_rows_read]``, of the table viewed as ``[num_rows, width]``, in any order and with
+                repeats.
+
+        Raises:
+            ValueError: ``param`` is not this optimizer's, or an option of its group has been set outside its range.
+            TypeError: ``rows`` is not an int64 tensor of one dimension.
+            IndexError: a row outside the table. Nothing has been changed.
+            RuntimeError: the table has another shape than its moments were made for, or cannot be updated by the
+                backend that was named. Nothing has been changed.
+        """
+        self._catch_up(self._place_of(param), param, rows)
+
+    def _catch_up_if_own(self, table: Tensor, rows: Tensor) -> None:
+        """Catch up on rows that a module announces; it may read tables of others as well."""
+        place = self._find(table)
+        if place is not None:
+            self._catch_up(place, table, rows)
+
+    def _catch_up(self, place: Place, table: Tensor, rows: Tensor) -> None:
+        options = _validate.check_group(place.group, place.group_index)
+        _validate.check_rows(rows, place)
+        moments = self._kept(table, place, options)
+        if isinstance(moments, Moments) and moments.history is not None:
+            replay.catch_up(table, moments, rows, place, options, self._backend)
+
+    def flush(self) -> None:
+        """Bring whole tables up to date, in groups with ``missed_steps="replay"`` or ``weight_decay_mode="exact"``.
+
+        Until then the weights of a row are those of its last touch or, with ``"replay"``, of when it was last read.
+        Call it before weights are read directly (to evaluate, to export). A checkpoint needs no flush: what is owed
+        is saved with it, and :meth:`state_dict` flushes tables of ``"replay"`` by itself. It passes over every row of
+        the tables, of ``"replay"`` without weight decay over every row that was ever touched.
 
         Raises:
             RuntimeError: a table has another shape than its moments were made for. Nothing has been changed.
             ValueError: an option of a group has been set outside its range. Nothing has been changed.
         """
+        self._flush(lambda layout: layout.owes_decay or layout.replays)
+
+    def _flush(self, is_meant: Callable[[StateLayout], bool]) -> None:
         options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
-        owing = []
+        behind = []
         for group_index, group in enumerate(self.param_groups):
-            if not options[group_index].layout.owes_decay:
+            if not is_meant(options[group_index].layout):
                 continue
             for position, table in enumerate(group["params"]):
                 place = Place(group, group_index, position)
                 moments = self._kept(table, place, options[group_index])
                 if isinstance(moments, Moments):
-                    owing.append((table, moments, place))
-        for table, moments, place in owing:
-            self._pay_decay(table, moments, place, options[place.group_index])
+                    behind.append((table, moments, place))
+        for table, moments, place in behind:
+            self._bring_up_to_date(table, moments, place, options[place.group_index])
             self.state[table] = moments
+
+    def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
+        if options.layout.replays:
+            replay.flush(table, moments, place, options, self._backend)
+        else:
+            self._pay_decay(table, moments, place, options)
 
     def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         rounds = options.stochastic_rounding
@@ -443,7 +521,8 @@ class SparseAdam(torch.optim.Optimizer):
 
         Rows that stay keep their weights and their state, bit for bit. New rows are zero, for the caller to fill, and
         have no state. A module's own record of its size (``embedding.num_embeddings``) is the caller's to change.
-        With ``weight_decay_mode="exact"`` all rows pay what they owe first.
+        With ``weight_decay_mode="exact"`` all rows pay what they owe first, and with ``missed_steps="replay"`` all are
+        brought up to date.
 
         Args:
             param: the table, one of this optimizer's.
@@ -458,8 +537,8 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_resize(param, num_rows, place)
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
-        if isinstance(kept, Moments) and kept.layout.owes_decay:
-            self._pay_decay(param, kept, place, options)
+        if isinstance(kept, Moments) and (kept.layout.owes_decay or kept.layout.replays):
+            self._bring_up_to_date(param, kept, place, options)
         resized = param.detach().new_zeros((num_rows, *param.shape[1:]))
         num_kept = min(num_rows, len(param))
         resized[:num_kept] = param.detach()[:num_kept]
@@ -473,11 +552,17 @@ class SparseAdam(torch.optim.Optimizer):
         param.data = resized
 
     def _place_of(self, param: Tensor) -> Place:
+        place = self._find(param)
+        if place is None:
+            raise _validate.unknown_parameter_error(param)
+        return place
+
+    def _find(self, param: Tensor) -> Place | None:
         for group_index, group in enumerate(self.param_groups):
             for position, table in enumerate(group["params"]):
                 if table is param:
                     return Place(group, group_index, position)
-        raise _validate.unknown_parameter_error(param)
+        return None
 
     def moment_bytes(self) -> int:
         """Return how many bytes the state takes: moments and row numbers of touched rows, and the index of all rows.
@@ -492,8 +577,10 @@ class SparseAdam(torch.optim.Optimizer):
         """Return the optimizer's state as plain values, as :meth:`torch.optim.Optimizer.state_dict` does.
 
         Tensors are live views of the moments and change with later steps, as in PyTorch; a saved file holds touched
-        rows only. Load it with ``torch.load(..., weights_only=True)``.
+        rows only. Load it with ``torch.load(..., weights_only=True)``. Tables with ``missed_steps="replay"`` are
+        brought up to date first, so that the file need not hold what they have missed: save the model beside it.
         """
+        self._flush(lambda layout: layout.replays)
         return self._pack(checkpoint.write_state, {checkpoint.FORMAT_KEY: checkpoint.FORMAT})
 
     def to_torch_state_dict(self) -> dict[str, Any]:
@@ -501,8 +588,9 @@ class SparseAdam(torch.optim.Optimizer):
 
         Pass ``torch_eps=True`` to the optimizer, before or after, for the same trajectory in both.
 
-        Groups of parameters with dense gradients are for :class:`torch.optim.AdamW`, with ``weight_decay`` and
-        ``amsgrad``; its Adam loads them too. Of a model with both kinds, in groups apart, give each optimizer its own::
+        Groups of parameters with dense gradients, or with ``missed_steps="replay"``, are for
+        :class:`torch.optim.AdamW`, with ``weight_decay`` and ``amsgrad``; its Adam loads them too. Tables of the latter
+        are brought up to date first. Of a model with both kinds, in groups apart, give each optimizer its own::
 
             saved = optimizer.to_torch_state_dict()
             for each, group in zip([torch_sparse_adam, torch_adamw], saved["param_groups"]):
@@ -516,9 +604,12 @@ class SparseAdam(torch.optim.Optimizer):
         is_adams = []
         for group_index, group in enumerate(self.param_groups):
             states = [self.state.get(table) for table in group["params"]]
-            is_adams.append(any(dense.is_dense_state(state) for state in states))
-            if not is_adams[-1] or any(isinstance(state, Moments) for state in states):
-                checkpoint.check_torch_group(_validate.check_group(group, group_index), group_index)
+            options = _validate.check_group(group, group_index)
+            is_adams.append(options.layout.replays or any(dense.is_dense_state(state) for state in states))
+            has_tables = any(isinstance(state, Moments) for state in states)
+            if not is_adams[-1] or (has_tables and not options.layout.replays):
+                checkpoint.check_torch_group(options, group_index)
+        self._flush(lambda layout: layout.replays)
         packed = self._pack(checkpoint.write_torch_state, {})
         packed["param_groups"] = [
             checkpoint.torch_group(group, for_adam=is_adam)

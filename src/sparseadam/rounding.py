@@ -15,7 +15,7 @@ from torch import Tensor
 # Elements of a row that share a scale.
 BLOCK_SIZE = 128
 # What is rounded: each has random bits of its own.
-EXP_AVG, EXP_AVG_SQ, TABLE, OWED_DECAY = range(4)
+EXP_AVG, EXP_AVG_SQ, TABLE, MISSED_STEPS = range(4)
 
 _MANTISSA_BITS = 3
 _EXP_AVG_EXPONENT_BITS, _EXP_AVG_SQ_EXPONENT_BITS = 4, 5
@@ -56,7 +56,8 @@ def random_bits(seed: int, stream: int, step: int, rows: Tensor, what: int, widt
         stream: tells tables apart.
         step: the table's step.
         rows: int64 ``[num_rows]``.
-        what: ``EXP_AVG``, ``EXP_AVG_SQ``, ``TABLE`` or ``OWED_DECAY``.
+        what: ``EXP_AVG``, ``EXP_AVG_SQ``, ``TABLE``, or ``MISSED_STEPS`` of the table: the decay that rows owe for
+            them, or all that they were to be moved by.
         width: elements of a row.
     """
     table_key = _mix64((seed + _GOLDEN64 * (stream + 1)) & _MASK64)

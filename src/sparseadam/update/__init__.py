@@ -15,19 +15,22 @@ from torch import Tensor
 
 from .. import _validate
 from . import native, reference
-from ._types import RowUpdate, StepScalars, step_scalars
+from ._types import RowsRead, RowUpdate, StepScalars, step_scalars
 from .native import SteadyStep, report_writes
-from .reference import pay_decay
+from .reference import decay_untouched, pay_decay
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "RowUpdate",
+    "RowsRead",
     "SteadyStep",
     "StepScalars",
     "backends",
+    "catch_up",
     "check_backend",
     "coalesce_rows",
+    "decay_untouched",
     "list_tables",
     "pay_decay",
     "report_writes",
@@ -110,6 +113,22 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
         native.update_rows(native_updates)
     if reference_updates:
         reference.update_rows(reference_updates)
+    for update in updates:
+        if update.moments.history is not None:
+            update.moments.history.append(update.scalars)
+
+
+def catch_up(read: RowsRead, backend: str | None) -> None:
+    """Move rows by the steps they have missed, by the named backend or the fastest that can; no step is counted.
+
+    Raises:
+        IndexError: a row outside the table; nothing was written.
+        RuntimeError: the named backend cannot update the table; the message says why.
+    """
+    reason = native.refusal(read) if native.module() is not None and backend != "reference" else ""
+    if reason and backend == "native":
+        raise _validate.backend_error(read.place, "native", reason)
+    (native if reason is None else reference).catch_up(read)
 
 
 def list_tables(

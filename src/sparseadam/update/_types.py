@@ -61,6 +61,20 @@ class RowUpdate(NamedTuple):
     stochastic_rounding: bool
 
 
+class RowsRead(NamedTuple):
+    """Rows of a table that are about to be read and may be behind; its moments replay what they missed.
+
+    ``rows`` is int64 ``[num_rows_read]``, contiguous, on the table's device, in any order and with repeats.
+    """
+
+    place: Place
+    table: Tensor
+    moments: Moments
+    rows: Tensor
+    seed: int
+    stochastic_rounding: bool
+
+
 def step_scalars(options: GroupOptions, step: int) -> StepScalars:
     r"""Compute a step's numbers from its group's options.
 

@@ -13,14 +13,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from .. import _validate
 from ..moments import Moments, StateLayout, moment_dtype
-from ._types import RowUpdate
+from ._types import RowsRead, RowUpdate
 
 # Whether this torch takes the tables that were written all at once; older ones take one.
 _TAKES_LISTS = "Iterable" in str(inspect.signature(torch.autograd.graph.increment_version))
@@ -84,6 +84,14 @@ def prepare(update: RowUpdate) -> str | None:
     return reason
 
 
+def refusal(read: RowsRead) -> str | None:
+    """Say why rows of a table cannot catch up natively, or return None where they can."""
+    num_rows_read = len(read.rows)
+    if not _module().fits(read.moments.num_rows, num_rows_read):
+        return f"{read.moments.num_rows} rows, of which {num_rows_read} are read, do not fit its 64-bit entries"
+    return _table_refusal(read.table, read.moments)
+
+
 def _table_refusal(table: Tensor, moments: Moments) -> str | None:
     if table.device.type != "cpu":
         return f"it runs on the CPU, and the table is on {table.device}"
@@ -112,17 +120,49 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
             update.num_lookups,
             update.scalars,
             update.moments.counter_addresses,
+            _history_tuple(update.moments),
         )
         for update in updates
     ]
     fault = _module().step(steps, instruction_set(), torch.get_num_threads())
     if fault is not None:
-        table_index, bad_index, nonfinite_rows = fault
+        table_index, bad_index, refused_rows, are_behind = fault
         update = updates[table_index]
         if bad_index is None:
-            raise _validate.nonfinite_error(update.place, nonfinite_rows)
+            error = _validate.behind_error if are_behind else _validate.nonfinite_error
+            raise error(update.place, refused_rows)
         raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
     report_writes([update.table for update in updates if update.num_lookups > 0])
+
+
+def catch_up(read: RowsRead) -> None:
+    """Do as ``reference.catch_up`` does, for a table that is not refused, in one pass whatever its rows have missed."""
+    moments, history = read.moments, read.moments.history
+    assert history is not None, "only where missed steps are replayed"
+    if history.log_decay != 0.0:  # rows without a slot may get one
+        moments.grow(moments.num_slots + len(read.rows))
+    num_slots = _module().catch_up(
+        table=_make_handle(read),
+        rows=read.rows.data_ptr(),
+        num_rows_read=len(read.rows),
+        num_slots=moments.num_slots,
+        history=_history_tuple(moments),
+        seed=read.seed,
+        instruction_set=instruction_set(),
+        num_threads=torch.get_num_threads(),
+    )
+    if num_slots is None:
+        raise _validate.row_range_error(read.rows, moments.num_rows, read.place)
+    moments.num_slots = num_slots
+
+
+def _history_tuple(moments: Moments) -> tuple[int, int, int, object]:
+    history = moments.history
+    if history is None:
+        return 0, 0, 0, None
+    if history.native_sums is None:
+        history.native_sums = _module().MissedSteps()
+    return history.address, history.base, history.num_steps, history.native_sums
 
 
 def coalesce_rows(
@@ -221,7 +261,7 @@ def list_tables(
             moments = state.get(parameter)
             if parameter in dense:
                 steady.add_dense(parameter, moments)
-            elif type(moments) is Moments and moments.native_table is not None and moments.capacity >= moments.num_rows:
+            elif _is_steady(moments):
                 steady.add_table(
                     parameter=parameter,
                     moments=moments,
@@ -235,6 +275,19 @@ def list_tables(
     return SteadyStep(steady)
 
 
+def _is_steady(moments: object) -> TypeGuard[Moments]:
+    """Whether a table's next step needs nothing of Python: what the native backend knows of it stays as it is.
+
+    Where missed steps are replayed, each step adds to what they are.
+    """
+    return (
+        type(moments) is Moments
+        and moments.native_table is not None
+        and moments.history is None
+        and moments.capacity >= moments.num_rows
+    )
+
+
 def _module() -> ModuleType:
     native = module()
     assert native is not None, "the native backend was chosen without its module"
@@ -245,7 +298,7 @@ def _element_type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _make_handle(update: RowUpdate) -> object:
+def _make_handle(update: RowUpdate | RowsRead) -> object:
     table, moments = update.table, update.moments
     parts = moments.whole_memory()
     return _module().Table(
@@ -280,6 +333,9 @@ def _moment_memory(layout: StateLayout, parts: Mapping[str, Tensor]) -> object:
         scale_stride=parts["exp_avg_scale"].stride(0) if "exp_avg_scale" in parts else 0,
         row_steps=address("row_steps"),
         paid_log_decay=address("paid_log_decay"),
+        moment_steps=address("moment_steps"),
+        weight_steps=address("weight_steps"),
+        clock_stride=parts["moment_steps"].stride(0) if "moment_steps" in parts else 0,
     )
 
 

@@ -11,11 +11,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from .. import _validate, rounding
 from .._validate import Place
+from ..history import BETA1, BETA2, EPS, LOG_BETA1, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
 from ..moments import Moments, StateLayout
-from ._types import NONFINITE, RowUpdate, StepScalars, bias_corrections
+from ._types import NONFINITE, RowsRead, RowUpdate, StepScalars, bias_corrections
 
 # Rows that an error names.
 _ROWS_NAMED = 5
@@ -23,20 +25,34 @@ _ROWS_AT_ONCE = 1 << 16
 
 
 def check_rows(updates: Sequence[RowUpdate]) -> None:
-    """Refuse an index outside its table, and what is not finite where that is asked for.
+    """Refuse an index outside its table, rows that are behind, and what is not finite where that is asked for.
 
     Raises:
         IndexError: naming the first table with a bad index, and the index.
-        RuntimeError: naming the first rows of a table whose summed gradient is not finite.
+        RuntimeError: naming the first rows of a table that are behind, or whose summed gradient is not finite.
     """
     for update in updates:
         _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
+    for update in updates:
+        if update.moments.history is not None:
+            rows = torch.unique(_flat_rows(update.indices, update.table.shape[: update.moments.sparse_dim]))
+            behind = _rows_behind(update.moments, rows)
+            if len(behind) > 0:
+                raise _validate.behind_error(update.place, behind[:_ROWS_NAMED].tolist())
     for update in updates:
         if update.scalars.nonfinite == NONFINITE["error"] and update.num_lookups > 0:
             rows, grad = _summed(update)
             bad = rows[~_is_finite(grad)]
             if len(bad) > 0:
                 raise _validate.nonfinite_error(update.place, bad[:_ROWS_NAMED].tolist())
+
+
+def _flat_rows(indices: Tensor, sparse_shape: Sequence[int]) -> Tensor:
+    """Return the row of each lookup."""
+    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
+    for size, index in zip(sparse_shape, indices, strict=True):
+        rows = rows * size + index
+    return rows
 
 
 def coalesce_rows(
@@ -47,11 +63,8 @@ def coalesce_rows(
     Returns:
         The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
     """
-    rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
-    for size, index in zip(sparse_shape, indices, strict=True):
-        rows = rows * size + index
     # Tensor.coalesce() would do, but it takes a gradient's word for being coalesced and sums in an order of its own.
-    rows, order = torch.sort(rows, stable=True)
+    rows, order = torch.sort(_flat_rows(indices, sparse_shape), stable=True)
     touched, counts = torch.unique_consecutive(rows, return_counts=True)
     lookups_by_row = values[order].to(dtype).reshape(len(rows), -1)
     grad = torch.segment_reduce(lookups_by_row, "sum", lengths=counts, axis=0)
@@ -97,6 +110,9 @@ def _update_table(update: RowUpdate) -> None:
     if moments.layout.amsgrad:
         exp_avg_sq = torch.maximum(moments["max_exp_avg_sq"][slots], exp_avg_sq)
         moments["max_exp_avg_sq"][slots] = exp_avg_sq
+
+    if moments.layout.replays:
+        moments.set_clocks(slots, moments.step + 1)
 
     denom = _as_rows(exp_avg_sq, grad).sqrt().mul(root_scale).add_(scalars.eps)
     change = exp_avg.mul_(step_size).div_(denom)
@@ -174,6 +190,99 @@ def _write_table(
         table.copy_(rounded[0])
 
 
+# Missed steps ---------------------------------------------------------------------------------------
+
+
+def _rows_behind(moments: Moments, rows: Tensor) -> Tensor:
+    """Return which of ``rows`` (distinct, inside the table) have missed steps that move them."""
+    assert moments.history is not None, "only where missed steps are replayed"
+    slots = moments.slot_of_row[rows].to(torch.int64) - 1
+    # A row without a slot has no moments: weight decay alone moves it.
+    is_behind = torch.full_like(rows, moments.history.log_decay != 0.0, dtype=torch.bool)
+    is_behind[slots >= 0] = moments.are_behind(slots[slots >= 0])
+    return rows[is_behind]
+
+
+@torch.no_grad()
+def catch_up(read: RowsRead) -> None:
+    """Take the rows that are about to be read through the steps they have missed, one by one.
+
+    In a missed step the gradient is zero. Steps that come so late that they are negligible (``history.py``) only decay
+    weights.
+
+    Raises:
+        IndexError: a row outside the table; nothing was written.
+    """
+    moments = read.moments
+    _validate.check_row_range(read.rows, moments.num_rows, read.place)
+    rows = _rows_behind(moments, torch.unique(read.rows))
+    if len(rows) == 0:
+        return
+    slots = moments.claim_slots(rows)
+    random = None
+    if read.stochastic_rounding:
+        random = rounding.random_bits(
+            read.seed, read.place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width
+        )
+    # Autograd need not be told: what a graph has read of these rows was up to date, and such rows are not written.
+    with _unsafe_preserve_version_counter(read.table):
+        _write_table(read.table, moments, rows, lambda weights: _replayed(weights, moments, slots), random)
+    moments["weight_steps"][slots] = moments.step
+
+
+def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
+    """Return the weights of slots' rows after all steps so far."""
+    assert moments.history is not None, "only where missed steps are replayed"
+    base = moments.history.base
+    numbers = moments.history.numbers().to(moments.device)
+    # A row that has just got its slot has a clock of zero, and was up to date at the base.
+    begin = moments["weight_steps"][slots].to(torch.int64).clamp(min=base)
+    factors = moments.missed_factors(slots, begin)
+    shape = (-1, *(1,) * len(moments.row_shape))
+    exp_avg, exp_avg_sq = (
+        moments[name][slots] * factor.to(moments.dtype).reshape(shape)
+        for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True)
+    )
+    # Of what the moments were when they were written, what is left of their quotient: r**n.
+    left = factors[0] / factors[1].sqrt()
+    rows = torch.arange(len(slots), device=moments.device)
+    entries = begin - base
+    moved_to = entries.clone()
+    while True:
+        is_moving = (entries < moments.history.num_steps) & (left >= NEGLIGIBLE)
+        if not is_moving.any():
+            break
+        rows, entries, left = rows[is_moving], entries[is_moving] + 1, left[is_moving]
+        step = numbers[entries]
+        left = left * step[:, BETA1] / step[:, BETA2].sqrt()
+        of_row = {column: step[:, column].to(moments.dtype).reshape(shape) for column in range(LOG_BETA1)}
+        exp_avg = exp_avg[is_moving] * of_row[BETA1]
+        exp_avg_sq = exp_avg_sq[is_moving] * of_row[BETA2]
+        change = of_row[STEP_SIZE] * exp_avg / (exp_avg_sq.sqrt() * of_row[ROOT_SCALE] + of_row[EPS])
+        decay = (step[:, LOG_DECAY] - numbers[entries - 1, LOG_DECAY]).exp().to(moments.dtype).reshape(shape)
+        weights[rows] = weights[rows] * decay - change
+        moved_to[rows] = entries
+    left_over = numbers[-1, LOG_DECAY] - numbers[moved_to, LOG_DECAY]
+    return _decayed(weights, left_over.exp().to(moments.dtype))
+
+
+@torch.no_grad()
+def decay_untouched(table: Tensor, moments: Moments, place: Place, seed: int, *, stochastic_rounding: bool) -> None:
+    """Apply the weight decay of all missed steps to the rows that have no slot; the moments forget none of it.
+
+    Rows are taken a stretch at a time, so that nothing is made that grows with the table.
+    """
+    assert moments.history is not None, "only where missed steps are replayed"
+    decay = torch.tensor(moments.history.log_decay, dtype=torch.float64, device=table.device).exp().to(moments.dtype)
+    for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
+        rows = (moments.slot_of_row[begin : begin + _ROWS_AT_ONCE] == 0).nonzero()[:, 0] + begin
+        random = None
+        if stochastic_rounding:
+            random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width)
+        with _unsafe_preserve_version_counter(table):
+            _write_table(table, moments, rows, lambda weights: weights * decay, random)
+
+
 @torch.no_grad()
 def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stochastic_rounding: bool) -> None:
     """Apply to every row of a table, never touched ones too, the weight decay that it owes; afterwards none owes any.
@@ -190,7 +299,7 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
         decay = (moments.log_decay - paid).exp().to(moments.dtype)
         random = None
         if stochastic_rounding:
-            random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.OWED_DECAY, moments.width)
+            random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width)
         _write_table(table, moments, rows, partial(_decayed, decay=decay), random)
     moments["paid_log_decay"].zero_()
     moments.log_decay = 0.0

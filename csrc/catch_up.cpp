@@ -1,0 +1,162 @@
+#include "catch_up.h"
+
+#include <vector>
+
+#include "arena.h"
+#include "catch_up_rows.h"
+#include "pool.h"
+#include "rounding.h"
+#include "slot_index.h"
+#include "thread_team.h"
+
+namespace sparseadam {
+
+namespace {
+
+// What one thread needs while it works on a partition.
+struct ThreadScratch {
+  std::vector<Entry> entries;
+  std::vector<int64_t> found_slots, rows, slots;
+  std::vector<double> weights;  // of a row, see RowUpdate's scratch
+};
+
+// Memory of a call, kept from call to call. `begins` delimits the rows of each partition in the sorted lookups; once a
+// partition is walked, its part holds those that wait for a slot.
+struct Workspace {
+  Arena arena;
+  Partitioning lookups;
+  uint32_t* begins;
+  uint32_t* ends;
+  int64_t* num_new_rows;  // per partition; then the first slot of its new rows
+  std::vector<BadIndex> bad;
+  std::vector<ThreadScratch> threads;
+};
+
+class Call {
+ public:
+  Call(RowsRead& read, const MissedSteps& missed, InstructionSet instruction_set, Workspace& workspace)
+      : read_(read), table_(*read.table), missed_(missed), workspace_(workspace), lookups_(workspace.lookups) {
+    const uint64_t key = step_key(read.seed, table_.stream, static_cast<uint64_t>(read.history.step()));
+    memory_ = {
+        table_.table, table_.table_stride, table_.moments, table_.stochastic_rounding, nullptr, table_.width, key,
+        0.0,          read.history};
+    catch_up_rows_ = catch_up_rows_for(table_.element, table_.stochastic_rounding, instruction_set);
+  }
+
+  void plan(int num_threads) {
+    workspace_.arena.reset();
+    lookups_.plan({read_.rows, &table_.num_rows, 1, read_.num_rows_read}, table_.num_rows, workspace_.arena);
+    workspace_.begins = workspace_.arena.take<uint32_t>(read_.num_rows_read);
+    workspace_.ends = workspace_.arena.take<uint32_t>(read_.num_rows_read);
+    workspace_.num_new_rows = workspace_.arena.take<int64_t>(lookups_.num_partitions());
+    workspace_.bad.assign(static_cast<size_t>(lookups_.num_chunks()), BadIndex{});
+    grow(workspace_.threads, num_threads);
+  }
+
+  BadIndex run(Team& team) {
+    auto partition_chunk = [&](int64_t chunk, int) {
+      workspace_.bad[static_cast<size_t>(chunk)] = lookups_.partition_chunk(chunk);
+    };
+    team.for_each(lookups_.num_chunks(), partition_chunk);
+    for (const BadIndex& bad : workspace_.bad) {
+      if (bad.lookup >= 0) return bad;
+    }
+    lookups_.finish_partitioning();
+    for (ThreadScratch& thread : workspace_.threads) {
+      grow(thread.entries, lookups_.largest_partition());
+      grow(thread.found_slots, lookups_.largest_partition());
+      grow(thread.rows, lookups_.largest_partition());
+      grow(thread.slots, lookups_.largest_partition());
+      grow(thread.weights, kScratchRows * table_.width);
+    }
+    auto move_rows = [&](int64_t partition, int thread) {
+      move_partition(partition, workspace_.threads[static_cast<size_t>(thread)]);
+    };
+    team.for_each(lookups_.num_partitions(), move_rows);
+    if (!assign_slots()) return {};
+    auto move_new_rows = [&](int64_t partition, int thread) {
+      move_new_partition(partition, workspace_.threads[static_cast<size_t>(thread)]);
+    };
+    team.for_each(lookups_.num_partitions(), move_new_rows);
+    return {};
+  }
+
+ private:
+  int64_t row_at(uint32_t entry) const { return lookups_.row_of(lookups_.sorted()[entry]); }
+
+  // Sorts a partition, moves its rows that are behind, and sets those aside that have no slot.
+  void move_partition(int64_t partition, ThreadScratch& thread) {
+    lookups_.sort_partition(partition, thread.entries.data());
+    uint32_t* begins = workspace_.begins + lookups_.partition_begin(partition);
+    uint32_t* ends = workspace_.ends + lookups_.partition_begin(partition);
+    const int64_t* found = thread.found_slots.data();
+    const int64_t num_rows = find_slots(table_, lookups_, partition, begins, ends, thread.found_slots.data());
+    int64_t num_behind = 0;
+    int64_t num_new_rows = 0;
+    find_rows_behind(table_, read_.history, found, num_rows, [&](int64_t r) {
+      if (found[r] < 0) {
+        begins[num_new_rows++] = begins[r];
+        return;
+      }
+      thread.rows[static_cast<size_t>(num_behind)] = row_at(begins[r]);
+      thread.slots[static_cast<size_t>(num_behind)] = found[r];
+      ++num_behind;
+    });
+    workspace_.num_new_rows[partition] = num_new_rows;
+    catch_up_rows_(memory_, missed_, {thread.rows.data(), thread.slots.data(), num_behind}, thread.weights.data());
+  }
+
+  // Turns each partition's count of new rows into its first new slot; returns whether there are any.
+  bool assign_slots() {
+    const int64_t before = read_.num_slots;
+    counts_.assign(static_cast<size_t>(lookups_.num_partitions()), 0);
+    for (int64_t p = 0; p < lookups_.num_partitions(); ++p) {
+      const int64_t count = workspace_.num_new_rows[p];
+      counts_[static_cast<size_t>(p)] = count;
+      workspace_.num_new_rows[p] = read_.num_slots;
+      read_.num_slots += count;
+    }
+    return read_.num_slots > before;
+  }
+
+  void move_new_partition(int64_t partition, ThreadScratch& thread) {
+    const uint32_t* begins = workspace_.begins + lookups_.partition_begin(partition);
+    const int64_t first_slot = workspace_.num_new_rows[partition];
+    const int64_t count = counts_[static_cast<size_t>(partition)];
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = row_at(begins[r]);
+      thread.rows[static_cast<size_t>(r)] = row;
+      thread.slots[static_cast<size_t>(r)] = first_slot + r;
+      table_.rows[first_slot + r] = row;
+      write_slot(table_, row, first_slot + r);
+    }
+    catch_up_rows_(memory_, missed_, {thread.rows.data(), thread.slots.data(), count}, thread.weights.data());
+  }
+
+  RowsRead& read_;
+  const Table& table_;
+  const MissedSteps& missed_;
+  Workspace& workspace_;
+  Partitioning& lookups_;
+  TableMemory memory_{};
+  CatchUpRows catch_up_rows_;
+  std::vector<int64_t> counts_;
+};
+
+}  // namespace
+
+BadIndex catch_up(RowsRead& read, MissedSteps& missed, InstructionSet instruction_set, int max_threads) {
+  missed.advance(read.history);
+  if (read.num_rows_read == 0) return {};
+  Borrowed<Workspace> workspace;
+  const int64_t row_bytes = read.table->width * element_bytes(read.table->element);
+  const int num_threads = threads_for(read.num_rows_read * row_bytes, max_threads);
+  Call call(read, missed, instruction_set, *workspace);
+  call.plan(num_threads);
+  BadIndex bad;
+  auto run = [&](Team& team) { bad = call.run(team); };
+  with_team(num_threads, run);
+  return bad;
+}
+
+}  // namespace sparseadam

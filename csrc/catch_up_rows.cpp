@@ -1,0 +1,295 @@
+#include "catch_up_rows.h"
+
+#include <cmath>
+#include <limits>
+
+#include "formula.h"
+#include "prefetch.h"
+#include "rounding.h"
+
+namespace sparseadam {
+
+namespace {
+
+// What share of a row's move, as it would be without eps, the sums of history.h may be off by. Float tables round each
+// weight by 2**-24 of itself anyway.
+template <class Moment>
+constexpr double kTolerance = sizeof(Moment) == sizeof(double) ? 1e-9 : 0x1p-22;
+
+// The terms of a series, with the signs and factors that all elements of a row share.
+template <class Moment>
+struct Terms {
+  Moment terms[kNumTerms];
+
+  Terms(const double* sums, double factor) {
+    for (int i = 0; i < kNumTerms; ++i) terms[i] = static_cast<Moment>((i % 2 == 0 ? factor : -factor) * sums[i]);
+  }
+  // terms[0] + y * (terms[1] + y * ...)
+  SPARSEADAM_INLINE Moment at(Moment y) const {
+    Moment sum = terms[kNumTerms - 1];
+    for (int i = kNumTerms - 2; i >= 0; --i) sum = terms[i] + y * sum;
+    return sum;
+  }
+};
+
+template <class TableElement, class MomentElement, bool kStochastic>
+class Replay {
+ public:
+  using Element = TableElement;
+  using Moment = MomentElement;
+
+  Replay(const TableMemory& memory, const MissedSteps& missed, Moment* scratch)
+      : memory_(memory),
+        missed_(missed),
+        steps_(memory.history.steps),
+        last_(memory.history.steps[memory.history.num_steps]),
+        weights_(scratch),
+        roots_(scratch + memory.width),
+        exp_avg_(scratch + 2 * memory.width),
+        exp_avg_sq_(scratch + 3 * memory.width) {}
+
+  SPARSEADAM_INLINE void prefetch_row(int64_t row, int64_t slot) const {
+    const auto moment_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
+    prefetch(table_row(row), static_cast<int64_t>(sizeof(Element)) * memory_.width);
+    prefetch(exp_avg_of(slot), moment_bytes);
+    prefetch(exp_avg_sq_of(slot), moment_bytes);
+  }
+
+  SPARSEADAM_INLINE void move(int64_t row, int64_t slot) const {
+    const int64_t clock = slot * memory_.moments.clock_stride;
+    const History& history = memory_.history;
+    const int64_t begin = history.entry_of(memory_.moments.weight_steps[clock]);
+    const int64_t written = history.entry_of(memory_.moments.moment_steps[clock]);
+    memory_.moments.weight_steps[clock] = static_cast<int32_t>(history.step());
+
+    Element* table = table_row(row);
+    for (int64_t i = 0; i < memory_.width; ++i) weights_[i] = widen(table[i]);
+    const MomentScales scales = scales_at(begin, written);
+    if (scales.first >= kNegligible * scales.root_of_second) {
+      move_weights(begin, exp_avg_of(slot), exp_avg_sq_of(slot), scales);
+    } else {
+      decay_weights(begin);
+    }
+    store(table, row);
+  }
+
+ private:
+  SPARSEADAM_INLINE Element* table_row(int64_t row) const {
+    return static_cast<Element*>(memory_.table) + row * memory_.table_stride;
+  }
+  SPARSEADAM_INLINE const Moment* exp_avg_of(int64_t slot) const {
+    return static_cast<const Moment*>(memory_.moments.exp_avg) + slot * memory_.moments.exp_avg_stride;
+  }
+  SPARSEADAM_INLINE const Moment* exp_avg_sq_of(int64_t slot) const {
+    return static_cast<const Moment*>(memory_.moments.exp_avg_sq) + slot * memory_.moments.exp_avg_sq_stride;
+  }
+  SPARSEADAM_INLINE double decay_since(double log_decay) const {
+    return log_decay == last_.log_decay ? 1.0 : std::exp(last_.log_decay - log_decay);
+  }
+
+  // What moments written at one entry have been multiplied by at another; most rows were written when they were last
+  // moved.
+  struct MomentScales {
+    double first, root_of_second;
+  };
+  SPARSEADAM_INLINE MomentScales scales_at(int64_t entry, int64_t written) const {
+    if (entry == written) return {1.0, 1.0};
+    return {std::exp(steps_[entry].log_beta1 - steps_[written].log_beta1),
+            std::exp((steps_[entry].log_beta2 - steps_[written].log_beta2) / 2)};
+  }
+
+  SPARSEADAM_INLINE void decay_weights(int64_t begin) const {
+    const auto decay = static_cast<Moment>(decay_since(steps_[begin].log_decay));
+    for (int64_t i = 0; i < memory_.width; ++i) weights_[i] *= decay;
+  }
+
+  SPARSEADAM_INLINE void move_weights(int64_t begin, const Moment* exp_avg, const Moment* exp_avg_sq,
+                                      MomentScales scales) const {
+    const MissedSums& sums = missed_.at(begin);
+    // What the sums leave out: the decay of the steps after the last one that they take in, and the moment's scale.
+    const double factor = decay_since(sums.log_decay) * scales.first;
+    const double tolerated = kTolerance<Moment> * sums.powers[0];
+    const auto decay = static_cast<Moment>(decay_since(steps_[begin].log_decay));
+    const auto scale = static_cast<Moment>(scales.root_of_second);
+    if (sums.eps == sums.eps && sums.centered_error <= tolerated) {
+      const Block first(sums, 0, factor);
+      const Block second(sums, 1, factor);
+      // The second block has no step yet where few were missed.
+      if (sums.centered[1][0] == 0.0) {
+        move_centered<false>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
+      } else {
+        move_centered<true>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
+      }
+    } else if (is_eps_small(sums, tolerated, exp_avg, exp_avg_sq, scale)) {
+      move_by_powers(weights_, exp_avg, roots_, memory_.width, decay, static_cast<Moment>(sums.eps),
+                     Terms<Moment>(sums.powers, factor));
+    } else {
+      walk(begin, exp_avg, exp_avg_sq, scales);
+    }
+  }
+
+  // The sum about the middle of a block.
+  struct Block {
+    Moment center, eps;
+    Terms<Moment> terms;
+
+    Block(const MissedSums& sums, int block, double factor)
+        : center(static_cast<Moment>(sums.center[block])),
+          eps(static_cast<Moment>(sums.eps)),
+          terms(sums.centered[block], factor) {}
+    SPARSEADAM_INLINE Moment at(Moment root) const {
+      const Moment x = Moment{1} / (center * root + eps);
+      return x * terms.at(Moment{1} - eps * x);
+    }
+  };
+
+  template <bool kHasSecond>
+  static SPARSEADAM_INLINE void move_centered(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+                                              const Moment* __restrict__ exp_avg_sq, int64_t width, Moment decay,
+                                              Moment scale, const Block& first, const Block& second) {
+    for (int64_t i = 0; i < width; ++i) {
+      const Moment root = std::sqrt(exp_avg_sq[i]) * scale;
+      Moment move = first.at(root);
+      if constexpr (kHasSecond) move += second.at(root);
+      weights[i] = decay * weights[i] - exp_avg[i] * move;
+    }
+  }
+
+  // The same sum, in powers of eps / root.
+  static SPARSEADAM_INLINE void move_by_powers(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+                                               const Moment* __restrict__ roots, int64_t width, Moment decay,
+                                               Moment eps, const Terms<Moment>& terms) {
+    for (int64_t i = 0; i < width; ++i) {
+      const Moment x = Moment{1} / roots[i];
+      weights[i] = decay * weights[i] - exp_avg[i] * (x * terms.at(eps * x));
+    }
+  }
+
+  // Whether the powers of eps / root may be cut off, for every element that moves; leaves the roots behind.
+  SPARSEADAM_INLINE bool is_eps_small(const MissedSums& sums, double tolerated, const Moment* __restrict__ exp_avg,
+                                      const Moment* __restrict__ exp_avg_sq, Moment scale) const {
+    const double smallest = sums.eps * std::pow(sums.powers[kNumTerms] / tolerated, 1.0 / kNumTerms);
+    if (!(smallest < static_cast<double>(std::numeric_limits<Moment>::max()))) return false;
+    const auto least = static_cast<Moment>(smallest);
+    Moment* __restrict__ roots = roots_;
+    int64_t num_small = 0;
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      const Moment root = std::sqrt(exp_avg_sq[i]) * scale;
+      num_small += !(root >= least) & (exp_avg[i] != Moment{0}) ? 1 : 0;
+      roots[i] = root >= least ? root : Moment{1};  // elements that do not move need one that can be divided by
+    }
+    return num_small == 0;
+  }
+
+  // Step by step, as dense Adam would have moved the row.
+  SPARSEADAM_INLINE void walk(int64_t begin, const Moment* exp_avg, const Moment* exp_avg_sq,
+                              MomentScales scales) const {
+    const auto first = static_cast<Moment>(scales.first);
+    const auto second = static_cast<Moment>(scales.root_of_second * scales.root_of_second);
+    for (int64_t i = 0; i < memory_.width; ++i) {
+      exp_avg_[i] = exp_avg[i] * first;
+      exp_avg_sq_[i] = exp_avg_sq[i] * second;
+    }
+    double left = scales.first / scales.root_of_second;
+    int64_t entry = begin;
+    while (entry < memory_.history.num_steps && left >= kNegligible) {
+      const double decayed_to = steps_[entry].log_decay;
+      const StepNumbers& step = steps_[++entry];
+      left *= step.beta1 / std::sqrt(step.beta2);
+      const Scalars<Moment> scalars({step.beta1, 0.0, step.beta2, 0.0, step.step_size, step.root_scale, step.eps,
+                                     std::exp(step.log_decay - decayed_to), 0.0, 0.0, 0.0, 0.0, 0.0});
+      walk_step(weights_, exp_avg_, exp_avg_sq_, memory_.width, scalars);
+    }
+    decay_weights(entry);
+  }
+
+  static SPARSEADAM_INLINE void walk_step(Moment* __restrict__ weights, Moment* __restrict__ exp_avg,
+                                          Moment* __restrict__ exp_avg_sq, int64_t width,
+                                          const Scalars<Moment>& scalars) {
+    for (int64_t i = 0; i < width; ++i) {
+      exp_avg[i] = next_exp_avg(exp_avg[i], Moment{0}, scalars);
+      exp_avg_sq[i] = next_exp_avg_sq(exp_avg_sq[i], Moment{0}, scalars);
+      weights[i] = next_weight(weights[i], exp_avg[i], denominator(exp_avg_sq[i], scalars), scalars);
+    }
+  }
+
+  SPARSEADAM_INLINE void store(Element* table, int64_t row) const {
+    if constexpr (kStochastic) {
+      const uint32_t key = row_key(memory_.random_key, row);
+      for (int64_t i = 0; i < memory_.width; ++i) {
+        const uint32_t random = random_bits(key, Rounded::kMissedSteps, static_cast<uint32_t>(i));
+        narrow_stochastic(weights_[i], random, &table[i]);
+      }
+    } else {
+      for (int64_t i = 0; i < memory_.width; ++i) narrow(weights_[i], &table[i]);
+    }
+  }
+
+  const TableMemory& memory_;
+  const MissedSteps& missed_;
+  const StepNumbers* steps_;
+  const StepNumbers& last_;
+  // Of the row that is being moved.
+  Moment* weights_;
+  Moment* roots_;
+  Moment* exp_avg_;
+  Moment* exp_avg_sq_;
+};
+
+template <class Rows>
+SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const MissedSteps& missed, const RowList& list,
+                                     void* scratch) {
+  const Rows rows(memory, missed, static_cast<typename Rows::Moment*>(scratch));
+  const int64_t ahead = prefetch_distance(static_cast<int64_t>(sizeof(typename Rows::Element)) * memory.width);
+  for (int64_t r = 0; r < list.num_rows; ++r) {
+    if (r + ahead < list.num_rows) rows.prefetch_row(list.rows[r + ahead], list.slots[r + ahead]);
+    rows.move(list.rows[r], list.slots[r]);
+  }
+}
+
+// One function per kind of table, for one instruction set.
+#define SPARSEADAM_VARIANT(SET, TARGET)                                                                      \
+  template <class Rows>                                                                                      \
+  TARGET void catch_up_rows_##SET(const TableMemory& memory, const MissedSteps& missed, const RowList& list, \
+                                  void* scratch) {                                                           \
+    catch_up_rows<Rows>(memory, missed, list, scratch);                                                      \
+  }
+
+SPARSEADAM_VARIANT(portable, )
+#if defined(SPARSEADAM_X86)
+SPARSEADAM_VARIANT(avx2, SPARSEADAM_AVX2)
+SPARSEADAM_VARIANT(avx512, SPARSEADAM_AVX512)
+#endif
+
+template <class Rows>
+CatchUpRows choose(InstructionSet instruction_set) {
+#if defined(SPARSEADAM_X86)
+  if (instruction_set == InstructionSet::kAvx512) return catch_up_rows_avx512<Rows>;
+  if (instruction_set == InstructionSet::kAvx2) return catch_up_rows_avx2<Rows>;
+#endif
+  return catch_up_rows_portable<Rows>;
+}
+
+}  // namespace
+
+CatchUpRows catch_up_rows_for(ElementType element, bool stochastic_rounding, InstructionSet instruction_set) {
+  switch (element) {
+    case ElementType::kFloat32:
+      return choose<Replay<float, float, false>>(instruction_set);
+    case ElementType::kFloat64:
+      return choose<Replay<double, double, false>>(instruction_set);
+    case ElementType::kBFloat16:
+      return stochastic_rounding ? choose<Replay<BFloat16, float, true>>(instruction_set)
+                                 : choose<Replay<BFloat16, float, false>>(instruction_set);
+    case ElementType::kFloat16:
+#if defined(SPARSEADAM_HAS_FLOAT16)
+      return stochastic_rounding ? choose<Replay<Float16, float, true>>(instruction_set)
+                                 : choose<Replay<Float16, float, false>>(instruction_set);
+#else
+      return nullptr;
+#endif
+  }
+  return nullptr;
+}
+
+}  // namespace sparseadam

@@ -1,0 +1,86 @@
+// What missed steps add up to, so that a row is moved by all of them in one pass.
+//
+// A row last brought up to date at step s moves in each step j that it misses, n = j - s, by
+//
+//   step_size_j * b1^n * m / (b2^(n/2) * sqrt(v) * root_scale_j + eps)  =  w_n * m / (d_n * sqrt(v) + eps)
+//
+// (b1^n and b2^n stand for products of the steps' own betas), after its weights were multiplied by decay_j. w_n and d_n
+// depend on s and j alone, so sums over n are kept for every s. With x = 1 / (c * sqrt(v) + eps) for any c > 0,
+// y = c * sqrt(v) * x and h_n = (d_n - c) / c, the fraction is w_n * x / (1 + h_n * y), and
+//
+//   sum of w_n / (d_n * sqrt(v) + eps)  =  x * (sum of w_n  -  y * sum of w_n * h_n  +  y^2 * sum of w_n * h_n^2  -
+//   ...)
+//
+// Cut off after kNumTerms, each fraction is off by its own h_n^kNumTerms * y^kNumTerms, where 0 <= y <= 1. Two blocks
+// of n, each with a c in its middle, make that small for every sqrt(v) and eps: near 1e-10 of the sum at the default
+// betas. Where they do not (in the first steps, in which root_scale changes fast, or with a beta2 far from 1),
+//
+//   sum of w_n / (d_n * sqrt(v) + eps)  =  1/sqrt(v) * (sum of w_n/d_n  -  z * sum of w_n/d_n^2  +  ...),  z =
+//   eps/sqrt(v)
+//
+// is off by (z/d_n)^kNumTerms of each fraction, which is small where sqrt(v) is large beside eps. What neither can do
+// is walked step by step (catch_up.cpp). docs/replay.md derives the bounds.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace sparseadam {
+
+// A step's numbers, in the order of the columns in sparseadam/history.py; logs are sums over all steps so far.
+struct StepNumbers {
+  double step_size, root_scale, beta1, beta2, eps;
+  double log_beta1, log_beta2, log_decay;
+};
+
+// The steps that rows may have missed. The first of the num_steps + 1 entries stands for the step `base`, at which all
+// rows were up to date.
+struct History {
+  const StepNumbers* steps = nullptr;
+  int64_t base = 0;
+  int64_t num_steps = 0;
+
+  // The table's step so far.
+  int64_t step() const { return base + num_steps; }
+  // The entry of a clock; that of a new slot is zero, and its row was up to date at the base.
+  int64_t entry_of(int32_t clock) const { return clock > base ? clock - base : 0; }
+};
+
+constexpr int kNumTerms = 5;
+constexpr int kNumBlocks = 2;
+// As in sparseadam/history.py: r^n below which a missed step only decays weights.
+constexpr double kNegligible = 1e-9;
+
+// The sums for one step s.
+struct MissedSums {
+  double scale1 = 1.0, root_scale2 = 1.0;       // b1^n and b2^(n/2) of the last step summed
+  double log_decay = 0.0;                       // up to which the sums have been decayed
+  double eps = 0.0;                             // of all steps summed, or NaN where they differ
+  int64_t split = 0;                            // the first block has the steps with n up to here
+  double center[kNumBlocks] = {};               // c
+  double centered[kNumBlocks][kNumTerms] = {};  // sums of w * h^i
+  double centered_error = 0.0;                  // sum of w/d * |h|^kNumTerms
+  double powers[kNumTerms + 1] = {};            // sums of w / d^(i+1)
+};
+
+// The sums for every step of a history.
+class MissedSteps {
+ public:
+  // Takes in the steps of a history that are new since the last call.
+  void advance(const History& history);
+
+  // Of rows last up to date at entry `s` of the history.
+  const MissedSums& at(int64_t s) const { return sums_[static_cast<size_t>(s)]; }
+
+  // What moments that were written at an entry have been multiplied by since: the products of the betas.
+  std::pair<double, double> moment_factors(const History& history, int64_t written) const;
+
+ private:
+  std::vector<MissedSums> sums_;
+  // Sums before it are complete: what their rows still miss is negligible.
+  size_t first_open_ = 0;
+};
+
+}  // namespace sparseadam

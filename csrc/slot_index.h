@@ -1,0 +1,61 @@
+// The index row -> slot of a table: slot + 1 of each row, and 0 for a row never touched.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "step.h"
+
+namespace sparseadam {
+
+inline int64_t read_slot(const Table& table, int64_t row) {
+  return (table.wide_slots ? static_cast<const int64_t*>(table.slot_of_row)[row]
+                           : static_cast<const int32_t*>(table.slot_of_row)[row]) -
+         1;
+}
+
+inline void write_slot(const Table& table, int64_t row, int64_t slot) {
+  if (table.wide_slots) {
+    static_cast<int64_t*>(table.slot_of_row)[row] = slot + 1;
+  } else {
+    static_cast<int32_t*>(table.slot_of_row)[row] = static_cast<int32_t>(slot + 1);
+  }
+}
+
+inline void prefetch_slot(const Table& table, int64_t row) {
+  const int64_t size = table.wide_slots ? sizeof(int64_t) : sizeof(int32_t);
+  __builtin_prefetch(static_cast<const char*>(table.slot_of_row) + row * size, 0, 2);
+}
+
+// How many entries ahead of a walk slots, and what is looked up by slot, are prefetched.
+constexpr int64_t kSlotPrefetchDistance = 16;
+
+// Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
+inline int64_t find_slots(const Table& table, const Partitioning& lookups, int64_t partition, uint32_t* begins,
+                          uint32_t* ends, int64_t* slots) {
+  const Entry* sorted = lookups.sorted();
+  const int64_t end = lookups.partition_end(partition);
+  const auto prefetch_later = [&](int64_t i) {
+    if (i + kSlotPrefetchDistance < end) prefetch_slot(table, lookups.row_of(sorted[i + kSlotPrefetchDistance]));
+  };
+  return lookups.find_rows(partition, begins, ends, prefetch_later,
+                           [&](int64_t index, int64_t row) { slots[index] = read_slot(table, row); });
+}
+
+// Where missed steps are replayed: calls on_row(r) for each row of a run that is behind. A row without a slot has no
+// moments: weight decay alone moves it.
+template <class OnRow>
+void find_rows_behind(const Table& table, const History& history, const int64_t* slots, int64_t num_rows,
+                      OnRow on_row) {
+  const MomentMemory& moments = table.moments;
+  const bool has_decayed = history.steps[history.num_steps].log_decay != 0.0;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t later = std::min(r + kSlotPrefetchDistance, num_rows - 1);
+    __builtin_prefetch(moments.weight_steps + std::max<int64_t>(slots[later], 0) * moments.clock_stride, 1, 2);
+    const bool is_behind =
+        slots[r] < 0 ? has_decayed : moments.weight_steps[slots[r] * moments.clock_stride] < history.step();
+    if (is_behind) on_row(r);
+  }
+}
+
+}  // namespace sparseadam
