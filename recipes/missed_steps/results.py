@@ -11,6 +11,7 @@ from sparseadam.bench.report import Record, read_json_lines
 
 from ..word_vectors.errors import RecipeError
 from .gaps import Gaps
+from .methods import METHODS
 from .runs import Run
 
 
@@ -39,8 +40,8 @@ class Results:
         return list(self.runs[0].valid)
 
     def methods(self) -> list[str]:
-        """Return the methods of which there are runs, as they come."""
-        return list(dict.fromkeys(run.method for run in self.runs))
+        """Return the methods of which there are runs, dense Adam first."""
+        return [method.name for method in METHODS if any(run.method == method.name for run in self.runs)]
 
     def rates(self) -> list[float]:
         """Return the learning rates of which there are runs, ascending."""
@@ -71,8 +72,7 @@ def worst_difference(results: Results, method: str, baseline: str, lr: float) ->
     shares = [
         abs(share)
         for run in results.runs
-        if (run.method, run.lr) == (method, lr)
-        and (other := results.find(baseline, lr, run.seed)) is not None
+        if (run.method, run.lr) == (method, lr) and (other := results.find(baseline, lr, run.seed)) is not None
         for share in relative_differences(run, other)
     ]
     return max(shares, default=None)
