@@ -36,13 +36,17 @@ class Gaps:
 
 
 def measure_gaps(task: Task, seed: int) -> list[Gaps]:
-    """Look up what a run with this seed looks up, without training, and count; a result a table."""
+    """Look up what a run with this seed looks up, without training, and count.
+
+    Returns:
+        The gaps of each table of which some row is touched more than once.
+    """
     model = task.build_model(sparse=True)
     counters = {name: _Counter(name, table) for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
     with torch.no_grad():
         for batch in chain.from_iterable(task.batches(seed, epoch) for epoch in range(task.epochs)):
             model(*batch)
-    return [counter.summarize() for counter in counters.values()]
+    return [counter.summarize() for counter in counters.values() if any(map(len, counter.gaps))]
 
 
 class _Counter:

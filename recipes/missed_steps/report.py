@@ -40,8 +40,9 @@ class Sheet:
 
 
 def build_sheets(all_results: Sequence[Results]) -> list[Sheet]:
-    """Return all tables, in the order in which they are read."""
-    return [gap_sheet(all_results), *map(ranking_sheet, all_results), loss_sheet(all_results)]
+    """Return all tables that have a row, in the order in which they are read."""
+    sheets = [gap_sheet(all_results), *map(ranking_sheet, all_results), loss_sheet(all_results)]
+    return [sheet for sheet in sheets if sheet.rows]
 
 
 def gap_sheet(all_results: Sequence[Results]) -> Sheet:
