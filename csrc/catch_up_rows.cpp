@@ -63,8 +63,8 @@ class Replay {
     memory_.moments.weight_steps[clock] = static_cast<int32_t>(history.step());
 
     Element* table = table_row(row);
-    for (int64_t i = 0; i < memory_.width; ++i) weights_[i] = widen(table[i]);
     const MomentScales scales = scales_at(begin, written);
+    for (int64_t i = 0; i < memory_.width; ++i) weights_[i] = widen(table[i]);
     if (scales.first >= kNegligible * scales.root_of_second) {
       move_weights(begin, exp_avg_of(slot), exp_avg_sq_of(slot), scales);
     } else {
@@ -113,11 +113,10 @@ class Replay {
     const auto scale = static_cast<Moment>(scales.root_of_second);
     if (sums.eps == sums.eps && sums.centered_error <= tolerated) {
       const Block first(sums, 0, factor);
-      const Block second(sums, 1, factor);
-      // The second block has no step yet where few were missed.
-      if (sums.centered[1][0] == 0.0) {
-        move_centered<false>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
+      if (sums.centered[1][0] == 0.0) {  // which has no step yet where few were missed
+        move_centered<false>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, first);
       } else {
+        const Block second(sums, 1, factor);
         move_centered<true>(weights_, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
       }
     } else if (is_eps_small(sums, tolerated, exp_avg, exp_avg_sq, scale)) {

@@ -61,14 +61,6 @@ void add_step(MissedSums& sums, int64_t n, const StepNumbers& step, double root_
 
 }  // namespace
 
-std::pair<double, double> MissedSteps::moment_factors(const History& history, int64_t written) const {
-  const MissedSums& sums = at(written);
-  if (static_cast<size_t>(written) >= first_open_) return {sums.scale1, sums.root_scale2 * sums.root_scale2};
-  const StepNumbers& last = history.steps[history.num_steps];
-  const StepNumbers& then = history.steps[written];
-  return {std::exp(last.log_beta1 - then.log_beta1), std::exp(last.log_beta2 - then.log_beta2)};
-}
-
 void MissedSteps::advance(const History& history) {
   const StepNumbers* steps = history.steps;
   const auto num_entries = static_cast<size_t>(history.num_steps) + 1;

@@ -22,9 +22,9 @@
 // is walked step by step (catch_up.cpp). docs/replay.md derives the bounds.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 namespace sparseadam {
@@ -65,6 +65,11 @@ struct MissedSums {
   double powers[kNumTerms + 1] = {};            // sums of w / d^(i+1)
 };
 
+// What moments have been multiplied by: the products of the betas.
+struct MomentFactors {
+  double first, second;
+};
+
 // The sums for every step of a history.
 class MissedSteps {
  public:
@@ -74,8 +79,14 @@ class MissedSteps {
   // Of rows last up to date at entry `s` of the history.
   const MissedSums& at(int64_t s) const { return sums_[static_cast<size_t>(s)]; }
 
-  // What moments that were written at an entry have been multiplied by since: the products of the betas.
-  std::pair<double, double> moment_factors(const History& history, int64_t written) const;
+  // Of moments written at an entry, up to the last step of the history.
+  MomentFactors moment_factors(const History& history, int64_t written) const {
+    const MissedSums& sums = at(written);
+    if (static_cast<size_t>(written) >= first_open_) return {sums.scale1, sums.root_scale2 * sums.root_scale2};
+    const StepNumbers& last = history.steps[history.num_steps];
+    const StepNumbers& then = history.steps[written];
+    return {std::exp(last.log_beta1 - then.log_beta1), std::exp(last.log_beta2 - then.log_beta2)};
+  }
 
  private:
   std::vector<MissedSums> sums_;

@@ -12,19 +12,14 @@ namespace sparseadam {
 
 namespace {
 
-// What a row's moments are multiplied by for the steps it has missed, put into the numbers of its step; its clocks then
-// show this step.
-SPARSEADAM_INLINE void count_in_missed_steps(const TableMemory& memory, int64_t slot, StepScalars& scalars) {
+// What a row's moments are multiplied by for the steps it has missed; its clocks then show this step.
+SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory, int64_t slot) {
   const History& history = memory.history;
   const int64_t clock = slot * memory.moments.clock_stride;
   const int64_t written = history.entry_of(memory.moments.moment_steps[clock]);
-  if (written != history.num_steps) {
-    const auto [first, second] = memory.missed->moment_factors(history, written);
-    scalars.beta1 *= first;
-    scalars.beta2 *= second;
-  }
   memory.moments.moment_steps[clock] = static_cast<int32_t>(history.step() + 1);
   memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step() + 1);
+  return memory.missed->moment_factors(history, written);
 }
 
 // A table whose moments are of their own type, one of each an element, and whose rows share the step's numbers, but for
@@ -37,7 +32,8 @@ class PlainRows {
 
   PlainRows(const TableMemory& memory, const StepScalars& scalars, Moment*)
       : memory_(memory),
-        step_scalars_(scalars),
+        beta1_(scalars.beta1),
+        beta2_(scalars.beta2),
         scalars_(scalars),
         exp_avg_(static_cast<Moment*>(memory.moments.exp_avg)),
         exp_avg_sq_(static_cast<Moment*>(memory.moments.exp_avg_sq)) {}
@@ -53,13 +49,13 @@ class PlainRows {
   SPARSEADAM_INLINE void update(Element* table, int64_t, int64_t slot, const Gradient* gradient) const {
     Moment* exp_avg = exp_avg_ + slot * memory_.moments.exp_avg_stride;
     Moment* exp_avg_sq = exp_avg_sq_ + slot * memory_.moments.exp_avg_sq_stride;
+    Scalars<Moment> scalars = scalars_;
     if constexpr (kReplays) {
-      StepScalars scalars = step_scalars_;
-      count_in_missed_steps(memory_, slot, scalars);
-      update_elements(table, exp_avg, exp_avg_sq, gradient, memory_.width, Scalars<Moment>(scalars));
-    } else {
-      update_elements(table, exp_avg, exp_avg_sq, gradient, memory_.width, scalars_);
+      const MomentFactors missed = count_in_missed_steps(memory_, slot);
+      scalars.beta1 = static_cast<Moment>(beta1_ * missed.first);
+      scalars.beta2 = static_cast<Moment>(beta2_ * missed.second);
     }
+    update_elements(table, exp_avg, exp_avg_sq, gradient, memory_.width, scalars);
   }
 
  private:
@@ -78,7 +74,7 @@ class PlainRows {
   }
 
   const TableMemory& memory_;
-  const StepScalars& step_scalars_;
+  const double beta1_, beta2_;
   const Scalars<Moment> scalars_;
   Moment* exp_avg_;
   Moment* exp_avg_sq_;
@@ -166,7 +162,11 @@ class AnyRows {
       scalars.step_size = scalars.lr / bias_correction1 * (torch_eps ? root_correction2 : 1.0);
       scalars.root_scale = torch_eps ? 1.0 : 1.0 / root_correction2;
     }
-    if (moments_.moment_steps != nullptr) count_in_missed_steps(memory_, slot, scalars);
+    if (moments_.moment_steps != nullptr) {
+      const MomentFactors missed = count_in_missed_steps(memory_, slot);
+      scalars.beta1 *= missed.first;
+      scalars.beta2 *= missed.second;
+    }
     if (moments_.paid_log_decay != nullptr) {
       scalars.decay = std::exp(memory_.log_decay - moments_.paid_log_decay[slot]);
       moments_.paid_log_decay[slot] = memory_.log_decay;

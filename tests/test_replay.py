@@ -1,0 +1,839 @@
+r"""Missed steps replayed: tables end where dense Adam and AdamW end, whenever their rows are brought up to date.
+
+What is compared with is dense Adam in float64, written from Kingma & Ba's Algorithm 1 and Loshchilov & Hutter's decay,
+with every row updated in every step. How far replaying may stray from it, beside rounding:
+
+A row that moves by :math:`n` missed steps is moved by a sum whose terms are at most
+:math:`\mathrm{lr}\,r^j |m|/\sqrt v`, :math:`r = \beta_1/\sqrt{\beta_2}` (both corrections together shorten a step,
+never lengthen it, for the betas here). Steps with :math:`r^j` below 1e-9 are left out, and the others are off by a share of
+1e-9 of their sum in float64 and 2**-22 in float32, so each time a row catches up it strays by at most
+
+.. math:: (10^{-9} + \mathrm{share})\,\frac{\mathrm{lr}}{1-r}\,\frac{|m|}{\sqrt v}, \qquad
+    \frac{|m|}{\sqrt v} \le \frac{1-\beta_1}{\sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}}
+
+the last by the Cauchy-Schwarz inequality over the gradients that both moments are sums of.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import BACKENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from snapshot import bits, snapshot
+from torch import Tensor, nn
+
+from sparseadam import SparseAdam, replay
+from sparseadam.update import native
+
+Array = npt.NDArray[np.float64]
+
+NEGLIGIBLE = 1e-9
+SHARE = {torch.float64: 1e-9, torch.float32: 2.0**-22}
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="the native module is missing; make fallback")
+
+
+@dataclass
+class DenseAdam:
+    """Dense Adam in float64, and a bound on how far a table that replays may stray from it."""
+
+    theta: Array
+    dtype: torch.dtype
+    t: int = 0
+    m: Array = field(init=False)
+    v: Array = field(init=False)
+    error: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start with zero moments."""
+        self.m, self.v, self.error = (np.zeros_like(self.theta) for _ in range(3))
+
+    def step(
+        self,
+        grad: Array,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        torch_eps: bool = False,
+    ) -> None:
+        """Update every element, gradient or not."""
+        self.t += 1
+        b1, b2 = betas
+        self.m = b1 * self.m + (1 - b1) * (-grad if maximize else grad)
+        self.v = b2 * self.v + (1 - b2) * grad * grad
+        correction1, correction2 = 1 - b1**self.t, 1 - b2**self.t
+        if torch_eps:
+            change = lr * math.sqrt(correction2) / correction1 * self.m / (np.sqrt(self.v) + eps)
+        else:
+            change = lr * (self.m / correction1) / (np.sqrt(self.v / correction2) + eps)
+        self.theta = (1 - lr * weight_decay) * self.theta - change
+        # Each step rounds weights, moments and what comes of them, a few times each; all of it is small beside this.
+        unit = torch.finfo(self.dtype).eps
+        self.error += 8 * unit * (abs(self.theta) + lr * (1 + 10 * unit * self.t)) + self._strayed(lr, b1, b2)
+
+    def _strayed(self, lr: float, b1: float, b2: float) -> float:
+        """What catching up after every step would add."""
+        ratio = b1 / math.sqrt(b2)
+        largest = (1 - b1) / math.sqrt((1 - b2) * (1 - ratio * ratio))
+        return (NEGLIGIBLE + SHARE[self.dtype]) * lr / (1 - ratio) * largest
+
+    def assert_close(self, theta: Tensor) -> None:
+        """Compare a table that is up to date."""
+        difference = abs(theta.detach().double().numpy() - self.theta)
+        assert (difference <= self.error).all(), f"off by {difference.max():.3g} after step {self.t}"
+
+
+def give_gradient(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Give a table an uncoalesced sparse gradient."""
+    table.grad = torch.sparse_coo_tensor(rows[None], values.to(table.dtype), table.shape, check_invariants=True)
+
+
+def dense_gradient(rows: Tensor, values: Tensor, shape: tuple[int, int]) -> Array:
+    """Return what a sparse gradient stands for."""
+    dense = np.zeros(shape)
+    np.add.at(dense, rows.numpy(), values.double().numpy())
+    return dense
+
+
+def moments_of(optimizer: SparseAdam, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both moments of every row, zero where it has none."""
+    state = optimizer.state[table]
+    dense = [torch.zeros_like(table, dtype=state["exp_avg"].dtype) for _ in range(2)]
+    for part, name in zip(dense, ("exp_avg", "exp_avg_sq"), strict=True):
+        part[state["rows"]] = state[name]
+    return dense[0].detach(), dense[1].detach()
+
+
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda t: 1.0,
+    "warm-up": lambda t: min(1.0, t / 50),
+    "cosine": lambda t: 0.5 * (1 + math.cos(t / 30)),
+    "stretches of zero": lambda t: float(t // 40 % 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_run_ends_where_dense_adam_ends(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Random tables, gaps, schedules, reads in between and flushes, in both backends; compared at every flush."""
+    backend = data.draw(st.sampled_from(BACKENDS), "backend")
+    betas = data.draw(st.sampled_from([(0.9, 0.999), (0.9, 0.99), (0.5, 0.9), (0.95, 0.9999), (0.0, 0.9)]), "betas")
+    schedule = SCHEDULES[data.draw(st.sampled_from(sorted(SCHEDULES)), "schedule")]
+    seed = data.draw(st.integers(0, 2**16), "seed")
+    options: dict[str, Any] = {
+        "betas": betas,
+        "eps": data.draw(st.sampled_from([1e-8, 1e-12, 1e-3]), "eps"),
+        "weight_decay": data.draw(st.sampled_from([0.0, 0.1]), "weight_decay"),
+        "maximize": data.draw(st.booleans(), "maximize"),
+        "torch_eps": data.draw(st.booleans(), "torch_eps"),
+    }
+    scale = data.draw(st.sampled_from([1.0, 2.0**-20, 2.0**-30]), "scale of gradients")
+    stretches = data.draw(
+        st.lists(st.sampled_from([1, 2, 7, 60, 210]), min_size=1, max_size=4), "steps without lookups"
+    )
+    shape = data.draw(st.tuples(st.integers(1, 12), st.sampled_from([1, 3, 8, 17])), "shape")
+
+    generator = torch.Generator().manual_seed(seed)
+    table = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+    optimizer = SparseAdam([table], lr=0.01, missed_steps="replay", backend=backend, **options)
+    oracle = DenseAdam(table.detach().double().numpy().copy(), dtype)
+
+    def step(num_lookups: int) -> None:
+        rows = torch.randint(shape[0], (num_lookups,), generator=generator)
+        values = torch.randint(-8, 9, (num_lookups, shape[1]), generator=generator) * scale
+        optimizer.param_groups[0]["lr"] = lr = 0.01 * schedule(oracle.t)
+        optimizer.catch_up(table, rows)
+        give_gradient(table, rows, values)
+        optimizer.step()
+        oracle.step(dense_gradient(rows, values, shape), lr=lr, **options)
+
+    for stretch in stretches:
+        step(int(torch.randint(1, 6, (), generator=generator)))
+        for _ in range(stretch):
+            step(0)
+            if torch.rand((), generator=generator) < 0.02:  # as an evaluation reads
+                optimizer.catch_up(table, torch.randint(shape[0], (3,), generator=generator))
+        if torch.rand((), generator=generator) < 0.5:
+            optimizer.flush()
+            oracle.assert_close(table)
+    optimizer.flush()
+    oracle.assert_close(table)
+    exp_avg, exp_avg_sq = moments_of(optimizer, table)
+    tiny = 1e-38  # what float32 loses to underflow
+    for got, want in ((exp_avg, oracle.m), (exp_avg_sq, oracle.v)):
+        unit = 8 * torch.finfo(dtype).eps * (oracle.t + 1)
+        assert (abs(got.double().numpy() - want) <= unit * abs(want).max(1, keepdims=True) + tiny).all()
+
+
+# Which of the ways to sum missed steps is taken, by when a row was touched, its betas, and its gradients beside eps.
+WAYS: dict[str, tuple[int, tuple[float, float], float, float]] = {
+    "centered": (2000, (0.9, 0.999), 1.0, 1e-8),
+    "centered, all eps": (2000, (0.9, 0.999), 1e-12, 1e-8),
+    "powers of eps": (0, (0.9, 0.999), 1.0, 1e-8),
+    "powers of eps, low beta2": (500, (0.9, 0.95), 1.0, 1e-8),
+    "walked": (0, (0.9, 0.999), 1e-9, 1e-8),
+    "walked, low beta2": (500, (0.9, 0.95), 1e-8, 1e-8),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("gap", [1, 90, 250])
+@pytest.mark.parametrize("way", WAYS)
+def test_one_pass_does_what_step_by_step_would_do(way: str, gap: int, weight_decay: float) -> None:
+    """The native backend sums up what the reference walks, in float64, for each way and gaps around its bounds."""
+    steps_before, betas, scale, eps = WAYS[way]
+    start = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(3, 8)
+    gradient = torch.randn(2, 8, generator=torch.Generator().manual_seed(gap), dtype=torch.float64) * scale
+    tables = {}
+    for backend in ("native", "reference"):
+        table = tables[backend] = nn.Parameter(start.clone())
+        optimizer = SparseAdam(
+            [table], lr=0.01, betas=betas, eps=eps, weight_decay=weight_decay, missed_steps="replay", backend=backend
+        )
+        give_gradient(table, torch.tensor([0]), torch.zeros(1, 8))
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0]["step"] = steps_before
+        optimizer.load_state_dict(saved)
+        optimizer.catch_up(table, torch.tensor([1, 2]))
+        give_gradient(table, torch.tensor([1, 2]), gradient)
+        optimizer.step()
+        touched = table.detach()[1].clone()
+        for _ in range(gap):
+            give_gradient(table, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 8))
+            optimizer.step()
+        optimizer.catch_up(table, torch.tensor([1]))
+        assert (table.detach()[1] != touched).all()
+    native_row, reference_row = (tables[backend].detach() for backend in ("native", "reference"))
+    ratio = betas[0] / math.sqrt(betas[1])
+    torch.testing.assert_close(native_row, reference_row, rtol=1e-13, atol=2e-9 * 0.01 / (1 - ratio) * 8)
+
+
+def test_thousands_of_steps_with_a_schedule_and_decay_equal_adamw(backend: str) -> None:
+    """Against torch.optim.AdamW on dense gradients, in float64, at six flushes.
+
+    The reference walks every missed step, which takes its time, so its thousands are hundreds.
+    """
+    num_steps = 3000 if backend == "native" else 300
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = SparseAdam([ours], lr=0.01, weight_decay=0.05, missed_steps="replay", backend=backend)
+    peer = torch.optim.AdamW([dense], lr=0.01, weight_decay=0.05)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(each, max_lr=0.02, total_steps=num_steps + 1) for each in (optimizer, peer)
+    ]
+    for step in range(num_steps):
+        # The rarest rows come once in some thousand steps.
+        rows = (torch.rand(3, generator=generator) ** 4 * 200).long()
+        values = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        optimizer.catch_up(ours, rows)
+        give_gradient(ours, rows, values)
+        dense.grad = torch.zeros_like(dense).index_add_(0, rows, values)
+        for each in (optimizer, peer, *schedules):
+            each.step()
+        if (step + 1) % (num_steps // 6) == 0:
+            optimizer.flush()
+            torch.testing.assert_close(ours, dense, rtol=0, atol=5e-9)
+            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments_of(optimizer, ours), strict=True):
+                torch.testing.assert_close(moment, peer.state[dense][name], rtol=1e-9, atol=1e-30)
+    assert (start - dense.detach()).abs().max() > 0.1
+
+
+def test_in_float32_it_is_as_near_to_the_truth_as_dense_float32_adam(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(50, 16, generator=generator)
+    ours, single, double = (nn.Parameter(start.clone().to(dtype)) for dtype in (*[torch.float32] * 2, torch.float64))
+    optimizer = SparseAdam([ours], lr=0.01, missed_steps="replay", backend=backend)
+    peers = [torch.optim.Adam([single], lr=0.01), torch.optim.Adam([double], lr=0.01)]
+    for _ in range(600 if backend == "native" else 100):
+        rows = (torch.rand(4, generator=generator) ** 3 * 50).long()
+        values = torch.randn(4, 16, generator=generator)
+        optimizer.catch_up(ours, rows)
+        give_gradient(ours, rows, values)
+        for dense in (single, double):
+            dense.grad = torch.zeros_like(dense).index_add_(0, rows, values.to(dense.dtype))
+        for each in (optimizer, *peers):
+            each.step()
+    optimizer.flush()
+    our_error, their_error = ((table.detach().double() - double.detach()).norm() for table in (ours, single))
+    assert our_error < 2 * their_error
+
+
+# What catching up does and does not ---------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """A table of which half the rows have been touched and are behind."""
+
+    table: nn.Parameter
+    optimizer: SparseAdam
+
+
+def behind(backend: str | None, dtype: torch.dtype = torch.float32, **options: Any) -> Setting:
+    """Touch rows 0 to 9 of 20, then step three times on row 0 alone."""
+    generator = torch.Generator().manual_seed(5)
+    table = nn.Parameter(torch.randn(20, 6, generator=generator).to(dtype))
+    optimizer = SparseAdam([("words", table)], lr=0.1, missed_steps="replay", backend=backend, **options)
+    give_gradient(table, torch.arange(10), torch.randn(10, 6, generator=generator))
+    optimizer.step()
+    for _ in range(3):
+        give_gradient(table, torch.tensor([0]), torch.randn(1, 6, generator=generator))
+        optimizer.step()
+    return Setting(table, optimizer)
+
+
+def test_catching_up_moves_the_rows_it_is_told_and_no_others(backend: str) -> None:
+    setting = behind(backend)
+    before = setting.table.detach().clone()
+    parts = {name: part.clone() for name, part in setting.optimizer.state[setting.table].items() if name != "step"}
+    setting.optimizer.catch_up(setting.table, torch.tensor([4, 0, 15, 4]))
+    is_same = (setting.table.detach() == before).all(1)
+    assert is_same.tolist() == [row != 4 for row in range(20)]  # 0 is up to date and 15 was never touched
+    for name, part in parts.items():
+        if name != "weight_steps":
+            assert torch.equal(setting.optimizer.state[setting.table][name], part), name
+    once = setting.table.detach().clone()
+    setting.optimizer.catch_up(setting.table, torch.arange(20)[[4]])
+    assert torch.equal(setting.table.detach(), once)
+
+
+def test_rows_never_touched_decay_as_well(backend: str) -> None:
+    setting = behind(backend, weight_decay=0.5)
+    before = setting.table.detach().clone()
+    setting.optimizer.catch_up(setting.table, torch.tensor([15]))
+    torch.testing.assert_close(setting.table.detach()[15], before[15] * (1 - 0.1 * 0.5) ** 4)
+    assert 15 in setting.optimizer.state[setting.table]["rows"]
+    slots = len(setting.optimizer.state[setting.table]["rows"])
+    setting.optimizer.flush()
+    assert len(setting.optimizer.state[setting.table]["rows"]) == slots  # of the others none needs one
+    torch.testing.assert_close(setting.table.detach()[16], before[16] * (1 - 0.1 * 0.5) ** 4)
+
+
+def test_flushing_does_what_catching_up_on_all_rows_does(backend: str) -> None:
+    flushed, read = behind(backend, weight_decay=0.01), behind(backend, weight_decay=0.01)
+    flushed.optimizer.flush()
+    read.optimizer.catch_up(read.table, torch.arange(20).flip(0))
+    # Rows never touched have no slot in the one and have one in the other, with other roundings of what decays them.
+    touched = slice(0, 10)
+    torch.testing.assert_close(flushed.table, read.table, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+    if backend == "native":
+        assert bits(flushed.table.detach()[touched]) == bits(read.table.detach()[touched])
+
+
+@needs_native
+@pytest.mark.parametrize("width", [1, 7, 8, 33, 64])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_any_number_of_threads_and_any_instructions_give_the_same_bits(
+    width: int, weight_decay: float, monkeypatch: pytest.MonkeyPatch, restore_threads: None
+) -> None:
+    num_rows, num_lookups = 20_000, 30_000
+    outcomes = []
+    for instruction_set in native.module().instruction_sets():  # type: ignore[union-attr]
+        for threads in (1, 2, 7):
+            monkeypatch.setattr(native, "instruction_set", lambda chosen=instruction_set: chosen)
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(width)
+            table = nn.Parameter(torch.randn(num_rows, width, generator=generator))
+            optimizer = SparseAdam([table], weight_decay=weight_decay, missed_steps="replay", backend="native")
+            for _ in range(4):
+                rows = torch.randint(num_rows, (num_lookups,), generator=generator)
+                optimizer.catch_up(table, rows)
+                give_gradient(table, rows, torch.randn(num_lookups, width, generator=generator))
+                optimizer.step()
+            optimizer.catch_up(table, torch.randint(num_rows, (num_lookups,), generator=generator))
+            outcomes.append(snapshot(optimizer))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+def test_a_table_of_several_row_dimensions_is_read_by_flat_row(backend: str) -> None:
+    """With sparse_dim = 2 row numbers are those of the table viewed as [num_rows, width]."""
+    start = torch.arange(24.0).reshape(2, 4, 3) / 10
+    ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = SparseAdam([ours], missed_steps="replay", backend=backend)
+    peer = torch.optim.Adam([dense])
+    for row in (1, 6, 1, 1, 6):
+        index = torch.tensor([[row // 4], [row % 4]])
+        optimizer.catch_up(ours, torch.tensor([row]))
+        ours.grad = torch.sparse_coo_tensor(index, torch.ones(1, 3), ours.shape, check_invariants=True)
+        dense.grad = ours.grad.to_dense()
+        optimizer.step()
+        peer.step()
+    optimizer.flush()
+    torch.testing.assert_close(ours, dense)
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def test_a_step_on_rows_that_are_behind_is_refused_and_changes_nothing(backend: str) -> None:
+    setting = behind(backend)
+    other = nn.Parameter(torch.ones(4, 6))
+    setting.optimizer.add_param_group({"params": [("tags", other)]})
+    give_gradient(setting.table, torch.tensor([0, 7, 15, 4, 7]), torch.ones(5, 6))
+    give_gradient(other, torch.tensor([1]), torch.ones(1, 6))
+    before = snapshot(setting.optimizer)
+    with pytest.raises(RuntimeError, match=r"'words' \(group 0, parameter 0\) names rows that are behind, first 4, 7:"):
+        setting.optimizer.step()
+    assert snapshot(setting.optimizer) == before
+    setting.optimizer.catch_up(setting.table, torch.tensor([7, 4]))
+    setting.optimizer.step()
+
+
+def test_rows_never_touched_are_behind_only_where_weights_decay(backend: str) -> None:
+    plain, decaying = behind(backend), behind(backend, weight_decay=0.1)
+    for setting in (plain, decaying):
+        give_gradient(setting.table, torch.tensor([15]), torch.ones(1, 6))
+    plain.optimizer.step()
+    with pytest.raises(RuntimeError, match="rows that are behind, first 15:"):
+        decaying.optimizer.step()
+
+
+def test_rows_behind_are_named_before_gradients_that_are_not_finite(backend: str) -> None:
+    setting = behind(backend, nonfinite="error")
+    give_gradient(setting.table, torch.tensor([0, 4]), torch.tensor([[math.inf], [1.0]]).expand(2, 6))
+    with pytest.raises(RuntimeError, match="rows that are behind, first 4:"):
+        setting.optimizer.step()
+    setting.optimizer.catch_up(setting.table, torch.tensor([4]))
+    with pytest.raises(RuntimeError, match="is not finite, first in rows 0"):
+        setting.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amsgrad": True}, "amsgrad=True"),
+        ({"moment_dtype": torch.bfloat16}, "moment_dtype=torch.bfloat16"),
+        ({"second_moment": "row"}, "second_moment='row'"),
+        ({"bias_correction": "row"}, "bias_correction='row'"),
+        ({"betas": (0.95, 0.9)}, "go on moving without end"),
+        ({"betas": (0.9, 0.81)}, "go on moving without end"),
+        ({"betas": (0.5, 0.0)}, "go on moving without end"),
+        ({"betas": (0.9998, 0.99999)}, "go on moving for"),
+        ({"lr": 1.0, "weight_decay": 1.0}, "missed_steps='replay' needs it below 1"),
+    ],
+)
+def test_options_that_cannot_be_replayed_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseAdam([torch.zeros(3, 2)], missed_steps="replay", **options)
+
+
+def test_the_choice_is_checked_and_cannot_change_once_there_are_moments(backend: str) -> None:
+    with pytest.raises(ValueError, match="Invalid missed_steps: 'all'"):
+        SparseAdam([torch.zeros(3, 2)], missed_steps="all")
+    setting = behind(backend)
+    setting.optimizer.param_groups[0]["missed_steps"] = "skip"
+    give_gradient(setting.table, torch.tensor([0]), torch.ones(1, 6))
+    with pytest.raises(RuntimeError, match=r"missed_steps of 'words' .* changed after its moments were made"):
+        setting.optimizer.step()
+
+
+def test_wrong_rows_and_parameters_are_refused_and_move_nothing(backend: str) -> None:
+    setting = behind(backend)
+    before = snapshot(setting.optimizer)
+    for rows in (torch.tensor([4, 20]), torch.tensor([-1, 4])):
+        with pytest.raises(IndexError, match="is outside the 20 rows of 'words'"):
+            setting.optimizer.catch_up(setting.table, rows)
+    with pytest.raises(TypeError, match="must be a one-dimensional"):
+        setting.optimizer.catch_up(setting.table, torch.tensor([[4]]))
+    with pytest.raises(ValueError, match="is not one of this optimizer's"):
+        setting.optimizer.catch_up(torch.zeros(20, 6), torch.tensor([4]))
+    assert snapshot(setting.optimizer) == before
+
+
+@needs_native
+def test_a_table_that_native_cannot_update_is_refused_or_goes_to_the_reference() -> None:
+    settings_ = {backend: behind("native") for backend in (None, "native", "reference")}
+    for backend, setting in settings_.items():
+        setting.table.data = setting.table.data.t().contiguous().t()
+        setting.optimizer._backend = backend
+    with pytest.raises(RuntimeError, match='backend="native" cannot update'):
+        settings_["native"].optimizer.catch_up(settings_["native"].table, torch.tensor([4]))
+    for backend in (None, "reference"):
+        settings_[backend].optimizer.catch_up(settings_[backend].table, torch.tensor([4]))
+    assert bits(settings_[None].table) == bits(settings_["reference"].table)
+    assert not torch.equal(settings_[None].table, settings_["native"].table)
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Words, bags of tags that share a table with others, and a dense layer."""
+
+    def __init__(self, *, sparse: bool, max_norm: float | None = None) -> None:
+        """Start from the same parameters each time."""
+        super().__init__()
+        torch.manual_seed(7)
+        self.words = nn.Embedding(40, 4, sparse=sparse, padding_idx=3, max_norm=max_norm)
+        self.tags = nn.EmbeddingBag(30, 4, sparse=sparse, mode="sum", padding_idx=0)
+        self.more_tags = nn.EmbeddingBag(30, 4, sparse=sparse, mode="sum", _weight=self.tags.weight)
+        self.more_tags.weight = self.tags.weight
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, words: Tensor, tags: Tensor, weights: Tensor) -> Tensor:
+        """Score each example."""
+        bags = self.tags(tags) + self.more_tags(input=tags.flip(0), per_sample_weights=weights)
+        return self.head((self.words(words) + bags).tanh()).squeeze(1)
+
+
+def batches(num_steps: int) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """Yield rare words and tags, and targets."""
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(num_steps):
+        words = (torch.rand(5, generator=generator) ** 3 * 40).long()
+        tags = (torch.rand(5, 3, generator=generator) ** 3 * 30).long()
+        weights = torch.rand(5, 3, generator=generator).requires_grad_()
+        yield (words, tags, weights), torch.randn(5, generator=generator)
+
+
+def train(model: Model, optimizer: torch.optim.Optimizer, num_steps: int = 60) -> list[float]:
+    """Return the loss of every step."""
+    losses = []
+    for inputs, targets in batches(num_steps):
+        optimizer.zero_grad()
+        loss = (model(*inputs) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_attached_model_trains_like_a_dense_one(backend: str, weight_decay: float, max_norm: float | None) -> None:
+    dense, sparse = (Model(sparse=is_sparse, max_norm=max_norm) for is_sparse in (False, True))
+    # The last dimension of chance: a row renormalised under max_norm may fall on either side of it.
+    optimizer = SparseAdam(
+        sparse.parameters(),
+        lr=0.02,
+        weight_decay=weight_decay,
+        dense_gradients="adam",
+        missed_steps="replay",
+        backend=backend,
+    )
+    optimizer.attach(sparse)
+    expected = train(dense, torch.optim.AdamW(dense.parameters(), lr=0.02, weight_decay=weight_decay))
+    assert train(sparse, optimizer) == pytest.approx(expected, rel=1e-4)
+    for (name, ours), theirs in zip(sparse.state_dict().items(), dense.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_evaluation_reads_rows_that_are_up_to_date(backend: str) -> None:
+    dense, sparse = Model(sparse=False), Model(sparse=True)
+    options: dict[str, Any] = {"dense_gradients": "adam", "missed_steps": "replay", "backend": backend}
+    optimizer = SparseAdam(sparse.parameters(), lr=0.02, **options)
+    optimizer.attach(sparse)
+    train(dense, torch.optim.Adam(dense.parameters(), lr=0.02))
+    train(sparse, optimizer)
+    inputs = torch.arange(40)[:30], torch.arange(30)[:, None].expand(30, 3), torch.ones(30, 3)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            torch.testing.assert_close(sparse.eval()(*inputs), dense.eval()(*inputs), rtol=1e-4, atol=1e-5)
+    optimizer_state = optimizer.state[sparse.words.weight]
+    assert not torch.equal(optimizer_state["weight_steps"], optimizer_state["moment_steps"])  # caught up, not stepped
+
+
+def test_detached_and_copied_models_are_not_caught_up(backend: str) -> None:
+    model = Model(sparse=True)
+    optimizer = SparseAdam(model.parameters(), lr=0.02, dense_gradients="adam", missed_steps="replay", backend=backend)
+    with optimizer.attach(model):
+        train(model, optimizer, 20)
+        copied = copy.deepcopy(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        before = snapshot(optimizer)
+        loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+        inputs, _ = next(batches(1))
+        for other in (copied, loaded):
+            other(*inputs)
+            other.state_dict()
+        assert snapshot(optimizer) == before
+    with pytest.raises(RuntimeError, match="rows that are behind"):
+        train(model, optimizer, 20)
+
+
+def test_a_state_dict_is_up_to_date_and_loading_one_leaves_nothing_to_catch_up(backend: str) -> None:
+    model = nn.Sequential(nn.Embedding(20, 4, sparse=True))
+    optimizer = SparseAdam(model.parameters(), lr=0.1, weight_decay=0.1, missed_steps="replay", backend=backend)
+    optimizer.attach(model)
+
+    def step(rows: list[int]) -> None:
+        optimizer.zero_grad()
+        model(torch.tensor(rows)).square().sum().backward()
+        optimizer.step()
+
+    step([1, 2, 3])
+    step([1])
+    stale = model[0].weight.detach().clone()
+    saved = copy.deepcopy(model.state_dict())
+    assert not torch.equal(saved["0.weight"][2], stale[2])
+    optimizer.flush()
+    assert torch.equal(model[0].weight.detach(), saved["0.weight"])
+    step([1])
+    other = {"0.weight": torch.ones(20, 4)}
+    model.load_state_dict(other)
+    model(torch.arange(20))
+    assert torch.equal(model[0].weight.detach(), other["0.weight"])
+
+
+def test_skipping_is_not_changed_by_attaching(backend: str) -> None:
+    losses = []
+    for attaches in (False, True):
+        model = Model(sparse=True)
+        optimizer = SparseAdam(model.parameters(), lr=0.02, dense_gradients="adam", backend=backend)
+        if attaches:
+            optimizer.attach(model)
+            optimizer.catch_up(model.words.weight, torch.tensor([1]))
+        losses.append(train(model, optimizer, 10))
+    assert losses[0] == losses[1]
+
+
+def test_two_lookups_with_one_graph_between_them(backend: str) -> None:
+    """Catching up for the second lookup must not spoil the graph of the first, which has saved the table."""
+    model = Model(sparse=True)
+    optimizer = SparseAdam(model.parameters(), lr=0.02, dense_gradients="adam", missed_steps="replay", backend=backend)
+    optimizer.attach(model)
+    train(model, optimizer, 20)
+    (inputs, _), (more, _) = batches(2)
+    loss = model(*inputs).sum()
+    loss = loss + model(more[0].flip(0), 29 - more[1], more[2]).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+# Dynamo looks at the gradients of what is on the stack where it breaks the graph, and warns of itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_a_compiled_model_catches_up(backend: str) -> None:
+    expected, losses = [], []
+    for compiles, taken in ((False, expected), (True, losses)):
+        model = Model(sparse=True)
+        optimizer = SparseAdam(
+            model.parameters(), lr=0.02, dense_gradients="adam", missed_steps="replay", backend=backend
+        )
+        optimizer.attach(model)
+        called = torch.compile(model, backend="eager") if compiles else model
+        taken.extend(train(called, optimizer, 8))  # type: ignore[arg-type]
+    assert losses == expected
+
+
+# Saving, loading, and other changes of state ------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_run_that_was_saved_goes_on_with_the_same_bits(backend: str, weight_decay: float) -> None:
+    buffer = io.BytesIO()
+    setting = behind(backend, weight_decay=weight_decay)
+    saved = {"optimizer": setting.optimizer.state_dict(), "table": setting.table.detach()}
+    assert "weight_steps" not in saved["optimizer"]["state"][0]
+    torch.save(saved, buffer)
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    table = nn.Parameter(loaded["table"])
+    optimizer = SparseAdam([("words", table)], missed_steps="replay", weight_decay=weight_decay, backend=backend)
+    optimizer.load_state_dict(loaded["optimizer"])
+    for each, its_optimizer in ((setting.table, setting.optimizer), (table, optimizer)):
+        for row in (3, 15, 3):
+            its_optimizer.catch_up(each, torch.tensor([row]))
+            give_gradient(each, torch.tensor([row]), torch.ones(1, 6))
+            its_optimizer.step()
+    assert snapshot(optimizer)["tables"] == snapshot(setting.optimizer)["tables"]
+    assert snapshot(optimizer)["states"] == snapshot(setting.optimizer)["states"]
+
+
+def test_a_copied_optimizer_has_its_own_history(backend: str) -> None:
+    setting = behind(backend, weight_decay=0.1)
+    table, optimizer = copy.deepcopy((setting.table, setting.optimizer))
+    table = optimizer.param_groups[0]["params"][0]
+    for each, its_optimizer in ((setting.table, setting.optimizer), (table, optimizer)):
+        give_gradient(each, torch.tensor([0]), torch.ones(1, 6))
+        its_optimizer.step()
+        its_optimizer.flush()
+    assert bits(table) == bits(setting.table)
+
+
+def test_checkpoints_go_to_and_come_from_torchs_adamw(backend: str) -> None:
+    setting = behind(backend, weight_decay=0.1)
+    dense = nn.Parameter(torch.empty(20, 6))
+    peer = torch.optim.AdamW([("words", dense)])
+    peer.load_state_dict(setting.optimizer.to_torch_state_dict())
+    dense.data = setting.table.detach().clone()
+    back = nn.Parameter(dense.detach().clone())
+    optimizer = SparseAdam([("words", back)], missed_steps="replay", backend=backend)
+    optimizer.load_state_dict(peer.state_dict())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    for row in (3, 15, 3):
+        for each, its_optimizer in ((setting.table, setting.optimizer), (back, optimizer)):
+            its_optimizer.catch_up(each, torch.tensor([row]))
+            give_gradient(each, torch.tensor([row]), torch.ones(1, 6))
+            its_optimizer.step()
+        dense.grad = setting.table.grad.to_dense()
+        peer.step()
+    setting.optimizer.flush()
+    optimizer.flush()
+    torch.testing.assert_close(setting.table, dense)
+    torch.testing.assert_close(back, dense)
+
+
+def test_a_live_state_taken_out_while_rows_are_behind_is_refused(backend: str) -> None:
+    setting = behind(backend)
+    live = dict(setting.optimizer.state[setting.table])
+    setting.optimizer.state[setting.table] = live
+    give_gradient(setting.table, torch.tensor([0]), torch.ones(1, 6))
+    with pytest.raises(ValueError, match="shows rows that are behind step 4"):
+        setting.optimizer.step()
+    flushed = behind(backend)
+    flushed.optimizer.flush()
+    flushed.optimizer.state[flushed.table] = {
+        name: part.clone() if isinstance(part, Tensor) else part
+        for name, part in flushed.optimizer.state[flushed.table].items()
+    }
+    give_gradient(flushed.table, torch.tensor([0]), torch.ones(1, 6))
+    flushed.optimizer.step()
+
+
+def test_resizing_brings_all_rows_up_to_date_first(backend: str) -> None:
+    setting, other = behind(backend, weight_decay=0.1), behind(backend, weight_decay=0.1)
+    other.optimizer.flush()
+    setting.table.grad = None
+    setting.optimizer.resize(setting.table, 25)
+    assert torch.equal(setting.table.detach()[:20], other.table.detach())
+    give_gradient(setting.table, torch.tensor([4, 22]), torch.ones(2, 6))
+    setting.optimizer.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_forgotten_rows_owe_nothing_and_others_are_as_they_were(backend: str, weight_decay: float) -> None:
+    setting, other = behind(backend, weight_decay=weight_decay), behind(backend, weight_decay=weight_decay)
+    setting.optimizer.forget(setting.table, torch.tensor([4, 15]))
+    with torch.no_grad():
+        setting.table[[4, 15]] = 1.0
+    setting.optimizer.flush()
+    other.optimizer.flush()
+    assert (setting.table.detach()[[4, 15]] == 1.0).all()
+    kept = [row for row in range(20) if row not in (4, 15)]
+    assert torch.equal(setting.table.detach()[kept], other.table.detach()[kept])
+
+
+def test_a_skipped_row_has_missed_the_step(backend: str) -> None:
+    skipping, missing = behind(backend, nonfinite="skip"), behind(backend)
+    for setting, rows in ((skipping, [0, 4]), (missing, [0])):
+        setting.optimizer.catch_up(setting.table, torch.tensor([4]))
+        values = torch.ones(len(rows), 6)
+        values[1:] = math.nan
+        give_gradient(setting.table, torch.tensor(rows), values)
+        setting.optimizer.step()
+        setting.optimizer.flush()
+    assert bits(skipping.table) == bits(missing.table)
+    assert skipping.optimizer.state[skipping.table]["num_skipped"] == 1
+
+
+def test_a_dense_gradient_wants_the_whole_table_up_to_date(backend: str) -> None:
+    setting = behind(backend, weight_decay=0.1, dense_gradients="adam")
+    dense = nn.Parameter(torch.empty(20, 6))
+    setting.table.grad = torch.ones(20, 6)
+    before = snapshot(setting.optimizer)
+    with pytest.raises(RuntimeError, match="is dense, and rows of it are behind"):
+        setting.optimizer.step()
+    assert snapshot(setting.optimizer) == before
+    setting.optimizer.flush()
+    peer = torch.optim.AdamW([("words", dense)])
+    peer.load_state_dict(setting.optimizer.to_torch_state_dict())
+    dense.data = setting.table.detach().clone()
+    dense.grad = torch.ones(20, 6)
+    setting.optimizer.step()
+    peer.step()
+    torch.testing.assert_close(setting.table, dense)
+    give_gradient(setting.table, torch.tensor([4]), torch.ones(1, 6))  # and back
+    dense.grad = setting.table.grad.to_dense()
+    setting.optimizer.step()
+    peer.step()
+    setting.optimizer.flush()
+    torch.testing.assert_close(setting.table, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_tables_are_rounded_once_each_time(backend: str, dtype: torch.dtype) -> None:
+    """Of a row that starts at zero, so that a weight's own size does not hide how far it moves."""
+    wide, half = behind(backend), behind(backend, dtype)
+    for setting in (wide, half):
+        with torch.no_grad():
+            setting.table[4] = 0.0
+        setting.optimizer.catch_up(setting.table, torch.tensor([4]))
+    difference = (wide.table.detach()[4] - half.table.detach()[4].float()).abs()
+    # The gradient was rounded as well, which both moments feel alike.
+    assert (difference <= 2 * torch.finfo(dtype).eps * wide.table.detach()[4].abs()).all()
+    assert (wide.table.detach()[4] != 0).all()
+
+
+def test_small_moves_of_half_precision_weights_add_up_where_rounding_is_stochastic(backend: str) -> None:
+    """Catching up after each of many steps moves a weight by less than half its spacing each time."""
+    moved = {}
+    for stochastic in (False, True):
+        torch.manual_seed(0)
+        table = nn.Parameter(torch.full((2, 4096), 1.0, dtype=torch.bfloat16))
+        optimizer = SparseAdam([table], lr=1e-3, missed_steps="replay", stochastic_rounding=stochastic, backend=backend)
+        give_gradient(table, torch.tensor([1]), torch.ones(1, 4096))
+        optimizer.step()
+        with torch.no_grad():
+            table.fill_(1.0)
+        for _ in range(30):
+            give_gradient(table, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4096))
+            optimizer.step()
+            optimizer.catch_up(table, torch.tensor([1]))
+        moved[stochastic] = 1.0 - table.detach()[1].double().mean().item()
+    exact = sum(
+        1e-3 * (0.9**n * 0.1 / (1 - 0.9 ** (n + 1))) / math.sqrt(0.999**n * 0.001 / (1 - 0.999 ** (n + 1)))
+        for n in range(1, 31)
+    )
+    assert moved[False] == 0.0
+    # The spacing below 1 is 2**-8, so the mean of 4096 weights spreads by less than 2**-8 / 64.
+    assert moved[True] == pytest.approx(exact, abs=4 * 2**-8 / 64)
+
+
+def test_a_long_history_ends_by_itself(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many steps all rows are brought up to date, and the run is dense Adam's all the same."""
+    monkeypatch.setattr(replay, "_MAX_STEPS", 10)
+    start = torch.randn(30, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours, dense = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = SparseAdam([ours], weight_decay=0.1, missed_steps="replay", backend=backend)
+    peer = torch.optim.AdamW([dense], weight_decay=0.1)
+    num_bytes = []
+    for step in range(75):
+        rows = torch.tensor([step * 7 % 30, step % 3])
+        optimizer.catch_up(ours, rows)
+        give_gradient(ours, rows, torch.ones(2, 3, dtype=torch.float64))
+        dense.grad = ours.grad.to_dense()
+        optimizer.step()
+        peer.step()
+        num_bytes.append(optimizer.moment_bytes())
+    optimizer.flush()
+    torch.testing.assert_close(ours, dense, rtol=0, atol=1e-10)
+    assert max(num_bytes[60:]) <= num_bytes[60] + 10 * 64
+
+
+def test_state_grows_by_eight_bytes_a_touched_row(backend: str) -> None:
+    sizes = []
+    for missed_steps in ("skip", "replay"):
+        table = nn.Parameter(torch.zeros(1000, 4))
+        optimizer = SparseAdam([table], missed_steps=missed_steps, backend=backend)
+        give_gradient(table, torch.arange(500), torch.ones(500, 4))
+        optimizer.step()
+        sizes.append(optimizer.moment_bytes())
+    assert sizes[1] - sizes[0] == 500 * 8 + 2 * 8 * 8  # and the numbers of the start and of one step
