@@ -29,6 +29,8 @@ from recipes.missed_steps.runs import Run  # noqa: E402
 from recipes.missed_steps.tasks import INTERACTIONS, build_task  # noqa: E402
 from recipes.word_vectors.errors import RecipeError  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = ROOT.parent / "shared" / "data"
 PAGE = ROOT / "docs" / "missed_steps.md"
 MEASURED = ROOT / "recipes" / "missed_steps" / "measured.jsonl"
@@ -37,15 +39,6 @@ AIM = 0.005  # how far an epoch's loss may be from dense Adam's
 needs_data = pytest.mark.skipif(
     not DATA.exists(), reason="needs the real data in ../shared/data, which is not part of this repository"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Keep to one thread: steps this small only wait for a second one, long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lines_of_interactions(num_customers=120, num_items=150, seed=0):
