@@ -12,7 +12,7 @@ from .results import Results, relative_differences
 
 DOTS_PER_INCH = 110
 # Dark enough to read on white, in the order of METHODS.
-PALETTE = "#4d4d4d #1f5fa8 #b3202c #e08a1e".split()
+PALETTE = "#4d4d4d #2a7a2a #1f5fa8 #b3202c #e08a1e".split()
 AIM = 0.005  # how far from dense Adam's a loss may be
 
 
