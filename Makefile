@@ -1,6 +1,8 @@
 # Commands for working on sparseadam. Each builds the environment it needs in $(VENV) first.
 #
 #   make test       all tests, on the installed package
+#   make test-triton
+#                   the tests of the Triton backend, in its interpreter; FILES=... of some files only
 #   make demo       train word vectors on WordNet's definitions, with plots, in a few minutes
 #   make bench      time the step against its peers; `make bench-docs` writes docs/benchmarks.md anew from all benchmarks
 #   make lint       ruff, clang-format and mypy
@@ -17,7 +19,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src csrc -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: test demo bench bench-docs lint sanitize sanitize-threads sanitize-native instructions fallback stubs clean
+.PHONY: test test-triton demo bench bench-docs lint sanitize sanitize-threads sanitize-native instructions fallback stubs clean
 .DELETE_ON_ERROR:
 
 $(BIN)/pip:
@@ -35,6 +37,12 @@ $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# A step takes some hundred times longer so; files without a test of the backend are not looked at.
+TRITON_FILES := $(shell grep -lE "backend|triton" tests/test_*.py)
+FILES ?= $(TRITON_FILES)
+test-triton: $(VENV)/installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(FILES) -k triton
 
 demo: $(VENV)/installed
 	$(BIN)/python -m recipes.word_vectors --out demo_output
@@ -63,11 +71,12 @@ sanitize: $(VENV)/installed
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_update.py tests/test_moments.py \
 	  tests/test_coalesce.py tests/test_steady_step.py tests/test_rounding.py tests/test_options.py \
-	  -k "not resident and not reference"
+	  tests/test_replay.py -k "not resident and not reference and not compiled"
 
 # The native step without Python. Without OpenMP the kernel starts threads of its own: GNU's OpenMP runtime is not
 # instrumented, and all that it orders would look like a race.
-STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp
+STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp csrc/history.cpp \
+  csrc/catch_up.cpp csrc/catch_up_rows.cpp
 STEP_TEST_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread -g -O1 -fno-omit-frame-pointer
 sanitize-threads:
 	mkdir -p build/step_test

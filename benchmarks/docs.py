@@ -15,6 +15,7 @@ import contention
 import memory
 import options
 import overhead
+import replay
 import scaling
 import step_profile
 import threads
@@ -26,7 +27,7 @@ from sparseadam.bench.report import Column, Record, markdown_table, read_json_li
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 SCRIPTS: tuple[Script, ...] = tuple(
-    module.SCRIPT for module in (scaling, overhead, options, threads, contention, memory, step_profile)
+    module.SCRIPT for module in (scaling, overhead, options, replay, threads, contention, memory, step_profile)
 )
 STEP = "step"
 

@@ -22,7 +22,15 @@ STORED = Path(__file__).resolve().with_suffix(".json")
 BUILD = ROOT / "build" / "instructions"
 # As the package is built, but without OpenMP, whose runtime would be counted too.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
-SOURCES = ("tests/step_test.cpp", "step.cpp", "partition.cpp", "row_update.cpp")
+SOURCES = (
+    "tests/step_test.cpp",
+    "step.cpp",
+    "partition.cpp",
+    "row_update.cpp",
+    "history.cpp",
+    "catch_up.cpp",
+    "catch_up_rows.cpp",
+)
 
 TOLERANCE = 0.03
 OTHER_COMPILER_TOLERANCE = 0.15

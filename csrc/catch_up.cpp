@@ -38,8 +38,8 @@ class Call {
       : read_(read), table_(*read.table), missed_(missed), workspace_(workspace), lookups_(workspace.lookups) {
     const uint64_t key = step_key(read.seed, table_.stream, static_cast<uint64_t>(read.history.step()));
     memory_ = {
-        table_.table, table_.table_stride, table_.moments, table_.stochastic_rounding, nullptr, table_.width, key,
-        0.0,          read.history};
+        table_.table, table_.table_stride, table_.moments, table_.stochastic_rounding, nullptr, table_.width, key, 0.0,
+        nullptr,      read.history,        &missed};
     catch_up_rows_ = catch_up_rows_for(table_.element, table_.stochastic_rounding, instruction_set);
   }
 

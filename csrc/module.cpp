@@ -20,6 +20,7 @@
 
 #include "catch_up.h"
 #include "coalesce.h"
+#include "initial.h"
 #include "steady_step.h"
 #include "step.h"
 
@@ -37,6 +38,8 @@ const std::vector<std::pair<std::string, ElementType>> kElementTypes = {{"float3
                                                                         {"float64", ElementType::kFloat64},
                                                                         {"bfloat16", ElementType::kBFloat16},
                                                                         {"float16", ElementType::kFloat16}};
+const std::vector<std::pair<std::string, Distribution>> kDistributions = {{"normal", Distribution::kNormal},
+                                                                          {"uniform", Distribution::kUniform}};
 const std::vector<std::pair<std::string, InstructionSet>> kInstructionSets = {
     {"portable", InstructionSet::kPortable}, {"avx2", InstructionSet::kAvx2}, {"avx512", InstructionSet::kAvx512}};
 
@@ -99,7 +102,7 @@ MomentMemory make_moments(const std::string& type, bool one_exp_avg_sq_a_row, ui
 
 Table make_table(uintptr_t table, int64_t table_stride, const std::string& element_type,
                  std::vector<int64_t> sparse_shape, int64_t width, const MomentMemory& moments, uintptr_t slot_of_row,
-                 bool wide_slots, uintptr_t rows, bool stochastic_rounding, uint64_t stream) {
+                 bool wide_slots, uintptr_t rows, bool stochastic_rounding, uint64_t stream, uintptr_t row_names) {
   const int64_t num_rows = count_rows(sparse_shape);
   return {at_address<void>(table),
           table_stride,
@@ -112,7 +115,8 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           wide_slots,
           at_address<int64_t>(rows),
           stochastic_rounding,
-          stream};
+          stream,
+          at_address<const int64_t>(row_names)};
 }
 
 // (address, base, number of steps, what they add up to) of a history; 0 and None where missed steps are not replayed
@@ -190,6 +194,18 @@ std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
   return SteadyStep(reader);
 }
 
+void write_initial_values(const std::string& distribution, double scale, uint64_t seed, uintptr_t rows,
+                          int64_t num_rows, int64_t width, const std::string& element_type, uintptr_t values) {
+  const Distribution drawn = by_name(kDistributions, distribution);
+  const ElementType element = by_name(kElementTypes, element_type);
+  const nb::gil_scoped_release release;
+  if (element == ElementType::kFloat64) {
+    initial_values(drawn, scale, seed, at_address<const int64_t>(rows), num_rows, width, at_address<double>(values));
+  } else {
+    initial_values(drawn, scale, seed, at_address<const int64_t>(rows), num_rows, width, at_address<float>(values));
+  }
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -204,7 +220,7 @@ NB_MODULE(_native, m) {
   nb::class_<Table>(m, "Table", "A table and its compact moments, by address.")
       .def(nb::new_(&make_table), nb::kw_only(), nb::arg("table"), nb::arg("table_stride"), nb::arg("element_type"),
            nb::arg("sparse_shape"), nb::arg("width"), nb::arg("moments"), nb::arg("slot_of_row"), nb::arg("wide_slots"),
-           nb::arg("rows"), nb::arg("stochastic_rounding"), nb::arg("stream"));
+           nb::arg("rows"), nb::arg("stochastic_rounding"), nb::arg("stream"), nb::arg("row_names"));
   m.def("element_types", &element_types, "Names of the table dtypes that this build can update.");
   m.def("instruction_sets", &instruction_set_names, "Names of the instruction sets at hand, slowest first.");
   m.def("fits", &Partitioning::fits, nb::arg("num_rows"), nb::arg("num_lookups"),
@@ -253,6 +269,9 @@ NB_MODULE(_native, m) {
                   "str, num_threads: int) -> tuple[list[object], list[object]] | None"),
           "Step all tables that have a gradient: the parameters that were written, and the gradients of the dense\n"
           "ones (None where there is none); or None and nothing written where something is not as it was.");
+  m.def("initial_values", &write_initial_values, nb::kw_only(), nb::arg("distribution"), nb::arg("scale"),
+        nb::arg("seed"), nb::arg("rows"), nb::arg("num_rows"), nb::arg("width"), nb::arg("element_type"),
+        nb::arg("values"), "Write the initial values of rows, in float32 or float64.");
   m.def("steady_step", &make_steady_step, nb::arg("tensor_type"),
         "An empty SteadyStep, or None where the tensors of this type cannot be read through DLPack's C interface.");
 }

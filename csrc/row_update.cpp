@@ -122,7 +122,8 @@ class AnyRows {
   template <class Gradient>
   SPARSEADAM_INLINE void update(Element* table, int64_t row, int64_t slot, const Gradient* gradient) const {
     const Scalars<Moment> scalars = scalars_of(slot);
-    const uint32_t key = row_key(memory_.random_key, row);
+    const int64_t name = memory_.row_names != nullptr ? memory_.row_names[row] : row;
+    const uint32_t key = row_key(memory_.random_key, name);
     Moment* exp_avg = load_exp_avg(slot);
     for (int64_t i = 0; i < memory_.width; ++i) {
       exp_avg[i] = next_exp_avg<Moment>(exp_avg[i], widen(gradient[i]), scalars);

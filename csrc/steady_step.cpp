@@ -88,7 +88,9 @@ TableStep make_table_step(const Table& table, const int64_t* indices, const void
           static_cast<NonFinite>(static_cast<int>(s[13])),
           *counter_at(counters, kNumSlots),
           *counter_at(counters, kNumSkipped),
-          *log_decay_at(counters)};
+          *log_decay_at(counters),
+          {},
+          nullptr};
 }
 
 void advance(const Counters& counters, const TableStep& done) {

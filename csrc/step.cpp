@@ -56,9 +56,9 @@ TableMemory memory_of(const TableStep& step) {
   const Table& table = *step.table;
   const uint64_t key =
       step_key(static_cast<uint64_t>(step.scalars.seed), table.stream, static_cast<uint64_t>(step.scalars.step));
-  return {table.table,  table.table_stride, table.moments, table.stochastic_rounding,
-          step.values,  table.width,        key,           step.log_decay + step.scalars.log_decay,
-          step.history, step.missed};
+  return {table.table,     table.table_stride, table.moments, table.stochastic_rounding,
+          step.values,     table.width,        key,           step.log_decay + step.scalars.log_decay,
+          table.row_names, step.history,       step.missed};
 }
 
 // Takes rows whose gradient is not finite out of a run; returns how many.
@@ -150,7 +150,7 @@ void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partiti
   for (int64_t r = 0; r < num_new_rows; ++r) {
     const int64_t row = lookups.row_of(lookups.sorted()[begins[r]]);
     thread.slots[static_cast<size_t>(r)] = first_slot + r;
-    table.rows[first_slot + r] = row;
+    table.rows[first_slot + r] = table.row_names != nullptr ? table.row_names[row] : row;
     write_slot(table, row, first_slot + r);
   }
   const RowRun run{&lookups, begins, ends, thread.slots.data(), num_new_rows};

@@ -22,6 +22,8 @@ struct Table {
   int64_t* rows;  // [capacity], the row of each slot
   bool stochastic_rounding;
   uint64_t stream;  // tells the table's random bits from other tables'
+  // What its rows are called in `rows` and to random bits; nullptr where by their place, as in a whole table.
+  const int64_t* row_names;
 };
 
 // What to do about rows whose summed gradient has an infinity or a NaN: update them, refuse the step, or leave them as

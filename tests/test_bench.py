@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from sparseadam import SparseAdam
-from sparseadam.bench import measure, verify
+from sparseadam.bench import cli, machine, measure, verify
 from sparseadam.bench.cases import (
     CASES,
     FLOOR,
@@ -25,15 +26,20 @@ from sparseadam.bench.cases import (
     row_source,
 )
 from sparseadam.bench.cli import main, parse_arguments
+from sparseadam.bench.clock import laps
 from sparseadam.bench.errors import BenchError, UsageError
 from sparseadam.bench.measure import COPY, OURS, Rounds, Seconds, percentile, ratios_to_ours, spread_of
-from sparseadam.bench.report import COLUMNS, MISSED, markdown_table, notes, read_json_lines, record_of
+from sparseadam.bench.report import COLUMNS, MISSED, markdown_table, notes, origin, read_json_lines, record_of
 from sparseadam.bench.workload import NUM_GRADIENTS, Workload, floor_bytes
+from sparseadam.update import Backend
 
 pytestmark = pytest.mark.usefixtures("restore_threads")
 
 TINY = ["bench", "--rows", "50", "--dim", "3", "--lookups", "20", "--rounds", "2", "--threads", "1"]
 COMPARISONS = {TORCH_SPARSE, FUSED_STEP, FUSED_WITH_GRADIENT, FLOOR}
+
+
+NO_DEVICE = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 
 
 # From the command line ----------------------------------------------------------------------------
@@ -113,6 +119,80 @@ def test_bad_arguments_get_a_sentence(arguments: list[str], sentence: str, capsy
     assert sentence in shown.err
     assert shown.err.endswith(".\n")
     assert shown.err.count("\n") == 1
+
+
+@NO_DEVICE
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    assert main([*TINY, "--device", "cuda"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("sparseadam bench: PyTorch finds no CUDA or ROCm device; ")
+    assert shown.err.count("\n") == 1
+
+
+class FakeEvent:
+    """A device whose clock goes one millisecond for each event that is recorded, and ten for each part that runs."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        """Not recorded yet."""
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self) -> None:
+        """Take the time."""
+        FakeEvent.now += 1
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        """Milliseconds from here to there."""
+        assert min(self.at, end.at) >= 0
+        return end.at - self.at
+
+
+def test_times_on_a_device_are_taken_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between events, from a device that has nothing to do to one that has done all."""
+    calls = []
+
+    def run(name: str) -> None:
+        calls.append(name)
+        FakeEvent.now += 10
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    seconds = laps(torch.device("cuda"), lambda: run("first"), lambda: run("second"))
+    assert seconds == pytest.approx([0.011, 0.011])
+    assert calls == ["synchronize", "first", "second", "synchronize"]
+
+
+def test_what_is_measured_on_a_device_is_the_backend_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("native", "triton", "reference")
+    monkeypatch.setattr(machine, "backends", lambda: [Backend(name, True, name) for name in names])
+    assert machine.fastest_backend(torch.device("cuda")).name == "triton"
+    assert machine.fastest_backend().name == "native"
+    without = [Backend(name, name == "reference", name) for name in names]
+    monkeypatch.setattr(machine, "backends", lambda: without)
+    assert machine.fastest_backend(torch.device("cuda")).name == "reference"
+    # Triton's interpreter on the CPU is for checks and never measured.
+    monkeypatch.setattr(machine, "backends", lambda: [Backend(name, name != "native", name) for name in names])
+    assert machine.fastest_backend().name == "reference"
+
+
+def test_where_a_device_was_measured_it_is_named_and_held_to_no_aim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    record = {**machine.facts(torch.device("cuda")), "case": "zipf"}
+    assert "on a card, CUDA 13.0, " in origin(record)
+    assert "on a card" not in origin(machine.facts())
+    measured = []
+    monkeypatch.setattr(cli, "measure", lambda case, *_, device: measured.append((case, device)))
+    for name in ("cpu", "cuda"):
+        cli._measure(CASES[0], 1, lambda share: None, torch.device(name))
+    assert measured[0] == (CASES[0], torch.device("cpu")) and CASES[0].targets
+    assert measured[1][0].targets == {} and measured[1][1] == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -321,10 +401,10 @@ def test_contenders_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch
     case = Case("own", 1, 1000, 8, 10, "uniform")
     needs = measure.memory_needs(case)
     for_ours = needs[OURS] + (1 << 30)
-    monkeypatch.setattr(measure, "available_bytes", lambda: for_ours - 1)
+    monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours - 1)
     with pytest.raises(BenchError, match=r"case own needs 1\.6 GB of memory and 1\.6 GB are available; pass a smaller"):
         measure.measure(case)
-    monkeypatch.setattr(measure, "available_bytes", lambda: for_ours + needs[TORCH_SPARSE])
+    monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours + needs[TORCH_SPARSE])
     torch.set_num_threads(1)
     result = measure.measure(case, num_rounds=1)
     assert result.left_out.keys() == {FUSED_STEP, FUSED_WITH_GRADIENT}

@@ -1,37 +1,35 @@
 """DistributedDataParallel with Gloo: several processes train like one on the joined batch, and hold the same bits.
 
-What is said here of PyTorch was found with torch 2.13.0 and is said to users in docs/training.md.
+That is asked of PyTorch's own exchange of sparse gradients and of ``sparseadam.distributed.gather_rows_hook``. What is
+said here of PyTorch was found with torch 2.13.0 and is said to users in docs/training.md.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import join_group, leave_report, spawn, torchrun
 from snapshot import snapshot
 from test_training_patterns import BLOCKS, PLAIN, SEVERAL_PROCESSES, assert_like_plain, outcome, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparseadam import SparseAdam
+from sparseadam.distributed import replicate
 
-# How long processes may take, which need five seconds on an idle machine, and wait for each other.
-TIMEOUT, PATIENCE = 120, 60
-NUM_STEPS, NUM_EXAMPLES = 6, 12
+WRAPPERS: dict[str, Callable[..., DistributedDataParallel]] = {
+    "PyTorch's exchange": DistributedDataParallel,
+    "gathered rows": replicate,
+}
+NUM_STEPS, NUM_EXAMPLES = 6, 24
 
 
 class Model(nn.Module):
@@ -114,20 +112,18 @@ def describe(model: Model, optimizers: list[torch.optim.Optimizer]) -> dict[str,
 
 def train_as_one_of_many(rank: int, world_size: int, port: int, folder: Path) -> None:
     """Train on the own part of each batch and write down what came of it; runs in a process of its own."""
-    torch.set_num_threads(1)
-    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]  # a host's own name need not lead anywhere
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE))
-    report = train(rank, world_size)
-    report["refused"] = {what: refusal(attempt) for what, attempt in ATTEMPTS.items()}
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(report))
+    join_group(rank, world_size, port)
+    reports = {name: train(rank, world_size, wrap) for name, wrap in WRAPPERS.items()}
+    reports["gathered rows"]["shared gradients"] = average_shared_gradients()
+    for name, wrap in WRAPPERS.items():
+        reports[name]["refused"] = {what: refusal(attempt, wrap) for what, attempt in ATTEMPTS.items()}
+    leave_report(reports, folder, rank)
     dist.destroy_process_group()
 
 
-def train(rank: int, world_size: int) -> dict[str, Any]:
+def train(rank: int, world_size: int, wrap: Callable[..., DistributedDataParallel]) -> dict[str, Any]:
     model = Model(seed=rank)  # the first process's parameters are handed to all
-    parallel = DistributedDataParallel(model)
+    parallel = wrap(model)
     optimizers = make_optimizers(model)
     gradients, seen_by_hook = [], []
     hook = model.authors.weight.register_post_accumulate_grad_hook(
@@ -175,25 +171,47 @@ class TwoTables(nn.Module):
         return self.used(ids).sum() + (self.unused(ids[:0]).sum() if self.asks else 0.0)
 
 
-def attempt_backward(model: nn.Module, **options: Any) -> None:
-    parallel = DistributedDataParallel(model, **options)
+class AddedTables(nn.Module):
+    """Two tables whose outputs are added, so that autograd gives both one tensor of values for their gradient."""
+
+    def __init__(self) -> None:
+        """Make the tables."""
+        super().__init__()
+        self.words, self.positions = (nn.Embedding(5, 2, sparse=True) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Sum the rows looked up, with a gradient of ones."""
+        return (torch.ones(2) * (self.words(ids) + self.positions(ids))).sum()
+
+
+def average_shared_gradients() -> list[list[float]]:
+    """Return the gradients' values of two passes, the second without ids, that are the same in all processes."""
+    parallel = replicate(AddedTables())
+    with parallel.no_sync():
+        parallel(torch.tensor([3])).backward()
+    parallel(torch.tensor([], dtype=torch.int64)).backward()
+    return [parameter.grad.coalesce().values().flatten().tolist() for parameter in parallel.parameters()]
+
+
+def attempt_backward(wrap: Callable[..., nn.Module], model: nn.Module, **options: Any) -> None:
+    parallel = wrap(model, **options)
     parallel(torch.tensor([1, 3])).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-ATTEMPTS: dict[str, Callable[[], None]] = {
-    "a functional embedding": lambda: attempt_backward(OwnTable()),
-    "a table that is not used": lambda: attempt_backward(TwoTables(asks=False), find_unused_parameters=True),
-    "a float16 table": lambda: attempt_backward(nn.Embedding(5, 2, sparse=True, dtype=torch.float16)),
-    "a bfloat16 table": lambda: attempt_backward(nn.Embedding(5, 2, sparse=True, dtype=torch.bfloat16)),
-    "a table that is asked for no rows": lambda: attempt_backward(TwoTables(asks=True)),
+ATTEMPTS: dict[str, Callable[[Callable[..., nn.Module]], None]] = {
+    "a functional embedding": lambda wrap: attempt_backward(wrap, OwnTable()),
+    "a table that is not used": lambda wrap: attempt_backward(wrap, TwoTables(asks=False), find_unused_parameters=True),
+    "a float16 table": lambda wrap: attempt_backward(wrap, nn.Embedding(5, 2, sparse=True, dtype=torch.float16)),
+    "a bfloat16 table": lambda wrap: attempt_backward(wrap, nn.Embedding(5, 2, sparse=True, dtype=torch.bfloat16)),
+    "a table that is asked for no rows": lambda wrap: attempt_backward(wrap, TwoTables(asks=True)),
 }
 
 
-def refusal(attempt: Callable[[], None]) -> str | None:
+def refusal(attempt: Callable[..., None], wrap: Callable[..., nn.Module]) -> str | None:
     """Return the message with which an attempt fails, or None."""
     try:
-        attempt()
+        attempt(wrap)
     except (RuntimeError, NotImplementedError) as error:
         return str(error)
     return None
@@ -202,29 +220,16 @@ def refusal(attempt: Callable[[], None]) -> str | None:
 # Tests --------------------------------------------------------------------------------------------
 
 
-def spawn(function: Callable[..., None], world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """Run processes and return their reports; an exception in one of them, or a delay, fails the test."""
-    # The port is the one that this process already listens on, so that nobody else can take it meanwhile.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.start_processes(
-        function, (world_size, store.port, folder), nprocs=world_size, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-            if time.monotonic() >= deadline:
-                pytest.fail(f"{world_size} processes were not done after {TIMEOUT} s")
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
-
-
-@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=[2, 3, 4], ids="{} processes".format)
+def all_reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of several processes wrote down."""
     return spawn(train_as_one_of_many, request.param, tmp_path_factory.mktemp("reports"))
+
+
+@pytest.fixture(params=WRAPPERS)
+def reports(request: pytest.FixtureRequest, all_reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for one way to exchange sparse gradients."""
+    return [report[request.param] for report in all_reports]
 
 
 def joined_rows(step: int) -> dict[str, list[int]]:
@@ -237,7 +242,7 @@ def joined_rows(step: int) -> dict[str, list[int]]:
 
 
 def test_parts_are_uneven_and_cover_the_batch() -> None:
-    for world_size in (2, 3):
+    for world_size in (2, 3, 4):
         sizes = []
         for step in range(NUM_STEPS):
             parts = [own_part(step, rank, world_size) for rank in range(world_size)]
@@ -282,6 +287,15 @@ def test_a_hook_sees_the_lookups_of_its_own_process_only(reports: list[dict[str,
             assert rows == [each["author"] for each in own_part(step, rank, len(reports))]
 
 
+def test_gathered_gradients_that_share_memory_are_averaged_once(all_reports: list[dict[str, Any]]) -> None:
+    """After a pass without ids, whose sum with the gradient before it is that gradient's own memory.
+
+    PyTorch divides it in place once for each table, while it may be on its way to others: no two runs need agree.
+    """
+    for report in all_reports:
+        assert report["gathered rows"]["shared gradients"] == [[1.0, 1.0], [1.0, 1.0]]
+
+
 REFUSALS = {
     "a functional embedding": "Cannot access storage of SparseTensorImpl",
     "a table that is not used": "Expected sparse gradient to be defined.",
@@ -291,12 +305,14 @@ REFUSALS = {
 }
 
 
-def test_what_the_page_says_is_refused_is_refused_and_its_ways_out_are_not(reports: list[dict[str, Any]]) -> None:
-    for report in reports:
-        assert set(report["refused"]) == set(REFUSALS)
-        for what, words in REFUSALS.items():
-            message = report["refused"][what]
-            assert message is None if words is None else words in (message or ""), (what, message)
+def test_what_the_page_says_is_refused_is_refused_and_its_ways_out_are_not(all_reports: list[dict[str, Any]]) -> None:
+    for report in all_reports:
+        for name in WRAPPERS:
+            refusals = REFUSALS | ({"a float16 table": None} if name == "gathered rows" else {})
+            assert set(report[name]["refused"]) == set(refusals)
+            for what, words in refusals.items():
+                message = report[name]["refused"][what]
+                assert message is None if words is None else words in (message or ""), (name, what, message)
 
 
 def test_the_block_of_the_page_trains_like_its_plain_loop(tmp_path: Path) -> None:
@@ -307,14 +323,7 @@ from test_training_patterns import outcome
 pickle.dump(outcome(globals()), open(f"{{rank}}.pickle", "wb"))
 """
     (tmp_path / "train.py").write_text(BLOCKS[PLAIN] + BLOCKS[SEVERAL_PROCESSES] + report, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams) as launched:
-        try:
-            output, _ = launched.communicate(timeout=TIMEOUT)
-        finally:
-            launched.terminate()  # told to end, torchrun ends the processes that it started
-    assert launched.returncode == 0, output
+    torchrun(["--nproc-per-node", "2", "train.py"], tmp_path)
     found = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_backend_list_says_why_native_is_missing() -> None:
-    native, reference = sparseadam.backends()
+    native, _, reference = sparseadam.backends()
     assert (native.name, native.available) == ("native", False)
     assert "compiler" in native.detail
     assert reference.available

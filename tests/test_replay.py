@@ -5,8 +5,8 @@ with every row updated in every step. How far replaying may stray from it, besid
 
 A row that moves by :math:`n` missed steps is moved by a sum whose terms are at most
 :math:`\mathrm{lr}\,r^j |m|/\sqrt v`, :math:`r = \beta_1/\sqrt{\beta_2}` (both corrections together shorten a step,
-never lengthen it, for the betas here). Steps with :math:`r^j` below 1e-9 are left out, and the others are off by a share of
-1e-9 of their sum in float64 and 2**-22 in float32, so each time a row catches up it strays by at most
+never lengthen it, for the betas here). Steps with :math:`r^j` below 1e-9 are left out, and the others are off by a
+share of 1e-9 of their sum in float64 and 2**-22 in float32, so each time a row catches up it strays by at most
 
 .. math:: (10^{-9} + \mathrm{share})\,\frac{\mathrm{lr}}{1-r}\,\frac{|m|}{\sqrt v}, \qquad
     \frac{|m|}{\sqrt v} \le \frac{1-\beta_1}{\sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}}
@@ -19,8 +19,10 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -377,6 +379,16 @@ def test_a_table_of_several_row_dimensions_is_read_by_flat_row(backend: str) -> 
         peer.step()
     optimizer.flush()
     torch.testing.assert_close(ours, dense)
+
+
+def test_the_pages_block_runs() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "replay.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    optimizer, table = names["optimizer"], names["model"][0].weight
+    assert (optimizer.state[table]["weight_steps"] == 3).all()
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, many
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleTable
@@ -188,7 +188,7 @@ def test_unnamed_rows_and_memory_around_the_table_keep_their_bits(backend: str) 
 
 def test_order_among_rows_does_not_matter(backend: str) -> None:
     """Only the order of a row's own lookups may: here it stays, and every bit with it."""
-    table, grads = large_case(8, 3000, torch.float32)
+    table, grads = large_case(8, many(3000), torch.float32)
     moved = []
     for grad in grads:
         rows, values = grad._indices()[0], grad._values()
@@ -213,7 +213,7 @@ def test_shards_of_rows_step_as_the_whole_table_does(backend: str, cut: int) -> 
 
 
 def test_splitting_a_lookup_in_two_does_not_matter_beyond_rounding(backend: str) -> None:
-    table, grads = large_case(8, 3000, torch.float64)
+    table, grads = large_case(8, many(3000), torch.float64)
     halves = []
     for grad in grads:
         rows, values = grad._indices()[0], grad._values()

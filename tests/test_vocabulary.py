@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, many, num_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshot import bits, snapshot, state_bits
@@ -368,7 +368,7 @@ def test_many_rows_are_forgotten_among_many(backend: str) -> None:
         return {name: part[order].clone() for name, part in state.items() if isinstance(part, Tensor)}
 
     for _ in range(3):
-        step(torch.randint(num_rows, (20_000,), generator=generator))
+        step(torch.randint(num_rows, (many(20_000),), generator=generator))
     before, weights = by_row(), table.detach().clone()
     forgotten = torch.randint(num_rows, (30_000,), generator=generator)
     optimizer.forget(table, forgotten)
@@ -966,7 +966,7 @@ calls = st.one_of(
 
 @each_memory
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100)
+@settings(max_examples=num_examples(100))
 @given(
     rule=st.sampled_from(sorted(RULES)),
     num_rows=st.integers(0, 8),

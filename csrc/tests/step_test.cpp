@@ -1,7 +1,8 @@
 // The native step without Python: what the thread sanitizer and callgrind can look at.
 //
 //   step_test threads          the same bits for any number of threads and any instruction set; steps of several
-//                              threads at once; a bad index changes nothing; a team's phases follow one another
+//                              threads at once; a bad index changes nothing; rows that catch up; a team's phases
+//                              follow one another
 //   step_test cases            the fixed calls whose instructions are counted, a line "CASE SET" each
 //   step_test call CASE SET    one of them; the part to count is the function `counted_call`
 //
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "../catch_up.h"
 #include "../element.h"
 // Included, not linked: after a step that was held up, as most are under a sanitizer, the team takes the next ones
 // alone. The tests reach in to forget that, or nearly all of them would run on one thread.
@@ -135,9 +138,19 @@ struct TableData {
     memory.exp_avg_sq = moments.data() + static_cast<size_t>(spec.width) * moment_size(spec.element);
     memory.exp_avg_stride = 2 * spec.width;
     memory.exp_avg_sq_stride = 2 * spec.width;
-    return {table.data(),      spec.width,  spec.element, spec.sparse_shape,
-            num_rows_of(spec), spec.width,  memory,       slot_of_row.data(),
-            spec.wide_slots,   rows.data(), false,        0};
+    return {table.data(),
+            spec.width,
+            spec.element,
+            spec.sparse_shape,
+            num_rows_of(spec),
+            spec.width,
+            memory,
+            slot_of_row.data(),
+            spec.wide_slots,
+            rows.data(),
+            false,
+            0,
+            nullptr};
   }
 };
 
@@ -192,9 +205,17 @@ PreparedStep prepare(std::vector<TableData>& tables, const std::vector<Gradient>
   for (TableData& table : tables) prepared.views.push_back(table.view());
   for (size_t t = 0; t < tables.size(); ++t) {
     const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 1.0, 0.01, 0.0, 0.0, 0.0, 1.0};
-    prepared.tables.push_back({&prepared.views[t], gradients[t].indices.data(), gradients[t].values.data(),
-                               tables[t].spec.num_lookups, scalars, NonFinite::kPropagate, tables[t].num_slots, 0,
-                               0.0});
+    prepared.tables.push_back({&prepared.views[t],
+                               gradients[t].indices.data(),
+                               gradients[t].values.data(),
+                               tables[t].spec.num_lookups,
+                               scalars,
+                               NonFinite::kPropagate,
+                               tables[t].num_slots,
+                               0,
+                               0.0,
+                               {},
+                               nullptr});
   }
   return prepared;
 }
@@ -349,6 +370,83 @@ void test_bad_index_changes_nothing() {
   check_same(tables, expected, "the step after a bad index");
 }
 
+// A table whose missed steps are replayed, with what the caller keeps of them.
+struct ReplayedTable {
+  TableData data;
+  std::vector<int32_t> clocks;  // [num_rows, 2]
+  std::vector<StepNumbers> steps = {StepNumbers{}};
+  MissedSteps missed;
+
+  explicit ReplayedTable(const TableSpec& spec) : data(spec, 3), clocks(static_cast<size_t>(2 * num_rows_of(spec))) {}
+
+  Table view() {
+    Table table = data.view();
+    table.moments.moment_steps = clocks.data();
+    table.moments.weight_steps = clocks.data() + 1;
+    table.moments.clock_stride = 2;
+    return table;
+  }
+  History history() const { return {steps.data(), 0, static_cast<int64_t>(steps.size()) - 1}; }
+
+  void catch_up_on(const std::vector<int64_t>& rows, InstructionSet set, int num_threads) {
+    steps_alone.store(0);
+    const Table table = view();
+    RowsRead read{&table, rows.data(), static_cast<int64_t>(rows.size()), history(), 0, data.num_slots};
+    const BadIndex bad = catch_up(read, missed, set, num_threads);
+    CHECK(bad.lookup == -1, "catching up found a bad row at %d", static_cast<int>(bad.lookup));
+    data.num_slots = read.num_slots;
+  }
+
+  // Returns the step's fault. Weights decay, so that rows without a slot are behind as well.
+  Fault step_on(const Gradient& gradient, InstructionSet set, int num_threads) {
+    steps_alone.store(0);
+    const Table table = view();
+    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 0.999, 0.01, 0.0, 0.0, 0.0, 1.0};
+    std::vector<TableStep> tables{{&table, gradient.indices.data(), gradient.values.data(), data.spec.num_lookups,
+                                   scalars, NonFinite::kPropagate, data.num_slots, 0, 0.0, history(), &missed}};
+    const Fault fault = step(tables, set, num_threads);
+    if (fault.table >= 0) return fault;
+    data.num_slots = tables[0].num_slots;
+    StepNumbers next{0.01, 2.0, 0.9, 0.999, 1e-8, std::log(0.9), std::log(0.999), std::log(0.999)};
+    next.log_beta1 += steps.back().log_beta1;
+    next.log_beta2 += steps.back().log_beta2;
+    next.log_decay += steps.back().log_decay;
+    steps.push_back(next);
+    return fault;
+  }
+};
+
+// Each step reaches more rows than the one before, some of them behind and some without a slot.
+ReplayedTable run_replay(InstructionSet set, int num_threads) {
+  const TableSpec spec{"replayed", ElementType::kFloat32, {20000}, 32, 20000};
+  ReplayedTable table(spec);
+  for (int number = 0; number < 2 * kNumSteps; ++number) {
+    const Gradient gradient = make_gradient(spec, 70 + static_cast<uint64_t>(number), reach_of(number / 2));
+    if (number > 0) {
+      const std::vector<int64_t> slots_before = table.data.rows;
+      const Fault fault = table.step_on(gradient, set, num_threads);
+      CHECK(fault.table == 0 && fault.rows_are_behind && table.data.rows == slots_before,
+            "step %d was taken on rows that are behind", number);
+    }
+    table.catch_up_on(gradient.indices, set, num_threads);
+    CHECK(table.step_on(gradient, set, num_threads).table == -1, "step %d", number);
+  }
+  return table;
+}
+
+void test_catching_up() {
+  const ReplayedTable expected = run_replay(InstructionSet::kPortable, 1);
+  CHECK(expected.data.num_slots > 0 && expected.data.num_slots < 20000, "%d slots",
+        static_cast<int>(expected.data.num_slots));
+  for (const InstructionSet set : instruction_sets()) {
+    for (const int num_threads : {1, 2, 7}) {
+      const ReplayedTable found = run_replay(set, num_threads);
+      check_same({found.data}, {expected.data}, name_of(set));
+      CHECK(found.clocks == expected.clocks, "%s, %d threads", name_of(set), num_threads);
+    }
+  }
+}
+
 // Phases in which every member of the team takes part, for certain: in each a task waits for all others to have begun.
 // The plain variables are what the sanitizer watches: written by tasks, read after the phase and by the next one's.
 void test_team_phases() {
@@ -403,6 +501,7 @@ void test_threads() {
   test_same_bits();
   test_steps_at_once();
   test_bad_index_changes_nothing();
+  test_catching_up();
   std::printf("step_test threads: all checks hold\n");
 }
 

@@ -22,7 +22,7 @@ _MIN_MAPPING_BYTES = 1 << 20
 # From this size on, moments are backed by huge pages where the system offers them on request.
 _MIN_HUGE_PAGE_BYTES = 32 << 20
 # Python names this flag only from 3.13 on; the value is that of Linux on x86-64 and arm64.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 _GROWTH = 1.5
 
@@ -54,6 +54,21 @@ class SlotMemory(Protocol):
         """Return all parts of the first slots; those of one record share a storage, which a file then holds once."""
 
 
+class IndexedMemory(SlotMemory, Protocol):
+    """Slots that come with memory for the index of the rows that have them."""
+
+    @property
+    def index(self) -> Tensor:
+        """The index, ``index_dtype(num_rows)`` ``[num_rows]``."""
+
+
+class SlotArray(Protocol):
+    """Memory for one record of every slot."""
+
+    def first(self, shape: Sequence[int]) -> Tensor:
+        """Return its beginning as a tensor of ``shape`` that shares its memory and keeps it alive."""
+
+
 class ReservedArray:
     """A zero-filled CPU array whose pages are committed as they are written."""
 
@@ -72,7 +87,7 @@ class ReservedArray:
         if sys.platform == "win32":
             self._buffer = mmap.mmap(-1, num_bytes)
             return
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._buffer = mmap.mmap(-1, num_bytes, flags=flags)
         if huge_pages and num_bytes >= _MIN_HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             self._buffer.madvise(mmap.MADV_HUGEPAGE)
@@ -94,15 +109,17 @@ class ReservedMemory:
     def __init__(self, num_rows: int, parts: Mapping[str, Part]) -> None:
         """Reserve a slot for each of ``num_rows`` rows."""
         self.capacity = num_rows
-        self._records: dict[str, ReservedArray] = {}
+        self._records: dict[str, SlotArray] = {}
         self._places: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for record in dict.fromkeys(part.record for part in parts.values()):
             names = [name for name, part in parts.items() if part.record == record]
             first = parts[names[0]]
             shape = (len(names), *first.shape)
-            array = ReservedArray(num_rows * math.prod(shape), first.dtype, huge_pages=True)
             self._places.update((name, (record, shape, index)) for index, name in enumerate(names))
-            self._records[record] = array
+            self._records[record] = self._reserve(record, num_rows * math.prod(shape), first.dtype)
+
+    def _reserve(self, record: str, num_elements: int, dtype: torch.dtype) -> SlotArray:
+        return ReservedArray(num_elements, dtype, huge_pages=True)
 
     def grow(self, num_slots: int) -> None:
         """Do nothing: every slot that a table can need is reserved."""
@@ -158,6 +175,11 @@ def slot_memory(num_rows: int, parts: Mapping[str, Part], device: torch.device) 
         except OSError:  # a limit on address space, or strict overcommit: grow by reallocation instead
             pass
     return GrowingMemory(num_rows, parts, device)
+
+
+def index_dtype(num_rows: int) -> torch.dtype:
+    """Return the dtype of an index that holds slot + 1 of each row."""
+    return torch.int32 if num_rows < 2**31 else torch.int64
 
 
 def zeros(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ class MomentMemory:
 class Table:
     """A table and its compact moments, by address."""
 
-    def __init__(self, *, table: int, table_stride: int, element_type: str, sparse_shape: Sequence[int], width: int, moments: MomentMemory, slot_of_row: int, wide_slots: bool, rows: int, stochastic_rounding: bool, stream: int) -> None: ...
+    def __init__(self, *, table: int, table_stride: int, element_type: str, sparse_shape: Sequence[int], width: int, moments: MomentMemory, slot_of_row: int, wide_slots: bool, rows: int, stochastic_rounding: bool, stream: int, row_names: int) -> None: ...
 
 def element_types() -> list[str]:
     """Names of the table dtypes that this build can update."""
@@ -24,12 +24,12 @@ def instruction_sets() -> list[str]:
 def fits(num_rows: int, num_lookups: int) -> bool:
     """Whether a step of this size fits the packed (row, position) entries."""
 
-def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int], tuple[int, int, int]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int], bool] | None:
+def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int], tuple[int, int, int, MissedSteps]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int], bool] | None:
     """
     Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or
     none. Returns None, or why not: (table, (dimension, index) or None, rows that are refused, whether because
-    they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps), the
-    address 0 where missed steps are not replayed.
+    they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps,
+    what they add up to), (0, 0, 0, None) where missed steps are not replayed.
     """
 
 class MissedSteps:
@@ -39,7 +39,7 @@ class MissedSteps:
 
     def __init__(self) -> None: ...
 
-def catch_up(*, table: Table, rows: int, num_rows_read: int, num_slots: int, history: tuple[int, int, int], missed: MissedSteps, seed: int, instruction_set: str, num_threads: int) -> int | None:
+def catch_up(*, table: Table, rows: int, num_rows_read: int, num_slots: int, history: tuple[int, int, int, MissedSteps], seed: int, instruction_set: str, num_threads: int) -> int | None:
     """
     Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the
     table.
@@ -77,6 +77,9 @@ class SteadyStep:
         Step all tables that have a gradient: the parameters that were written, and the gradients of the dense
         ones (None where there is none); or None and nothing written where something is not as it was.
         """
+
+def initial_values(*, distribution: str, scale: float, seed: int, rows: int, num_rows: int, width: int, element_type: str, values: int) -> None:
+    """Write the initial values of rows, in float32 or float64."""
 
 def steady_step(tensor_type: object) -> SteadyStep | None:
     """

@@ -6,7 +6,9 @@ same fault, ours begins with PyTorch's words, so that code matching on them keep
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ GROUP_OPTIONS = (
     "bias_correction",
     "second_moment",
     "moment_dtype",
+    "moment_device",
     "stochastic_rounding",
     "dense_gradients",
     "nonfinite",
@@ -51,6 +54,8 @@ CHOICES = {
     "nonfinite": ("propagate", "error", "skip"),
     "missed_steps": ("skip", "replay"),
 }
+# The same of a sharded table.
+SHARDED_CHOICES = {"gradient_reduction": ("sum", "mean"), "mode": ("sum", "mean", "max")}
 MOMENT_DTYPES = (torch.bfloat16, torch.uint8)
 
 _LR_ROUNDING = 1e-12
@@ -100,7 +105,12 @@ class GroupOptions(NamedTuple):
     stochastic_rounding: bool
     seed: int | None
     dense_gradients: str
+    moment_device: str | None
     layout: StateLayout
+
+    def device_of_moments(self, table: Tensor) -> torch.device:
+        """Return where the moments of a table are kept."""
+        return table.device if self.moment_device is None else torch.device(self.moment_device)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -126,7 +136,8 @@ def _as_number(value: object, name: str) -> float:
         raise TypeError(f"{name} must be a number or a one-element Tensor, got {type(value).__name__}.") from None
 
 
-def _check_flag(value: object, name: str) -> bool:
+def check_flag(value: object, name: str) -> bool:
+    """Return an option that is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
@@ -175,8 +186,12 @@ def check_weight_decay(value: object) -> float:
 
 def check_choice(value: object, name: str) -> str:
     """Return an option that is one of a few strings."""
-    if not isinstance(value, str) or value not in CHOICES[name]:
-        names = ", ".join(repr(choice) for choice in CHOICES[name])
+    return _check_one_of(value, name, CHOICES[name])
+
+
+def _check_one_of(value: object, name: str, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        names = ", ".join(repr(choice) for choice in choices)
         raise (ValueError if isinstance(value, str) else TypeError)(
             f"Invalid {name}: {value!r}. Choose one of {names}."
         )
@@ -193,6 +208,15 @@ def check_moment_dtype(value: object) -> torch.dtype | None:
             f"Invalid moment_dtype: {value}. Choose one of {known} (8-bit codes), or None for the table's own dtype, "
             "float32 for half-precision tables."
         )
+    return value
+
+
+def check_moment_device(value: object) -> str | None:
+    """Return ``moment_device``: None or ``"cpu"``."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"moment_device must be 'cpu' or None, got {value!r}.")
+    if value not in (None, "cpu"):
+        raise ValueError(f"Invalid moment_device: {value!r}. Choose 'cpu', or None for the table's own device.")
     return value
 
 
@@ -249,6 +273,7 @@ def _read_options(
     bias_correction: object,
     second_moment: object,
     moment_dtype: object,
+    moment_device: object,
     stochastic_rounding: object,
     dense_gradients: object,
     nonfinite: object,
@@ -262,7 +287,7 @@ def _read_options(
     layout = StateLayout(
         stored_dtype=check_moment_dtype(moment_dtype),
         one_exp_avg_sq_a_row=check_choice(second_moment, "second_moment") == "row",
-        amsgrad=_check_flag(amsgrad, "amsgrad"),
+        amsgrad=check_flag(amsgrad, "amsgrad"),
         row_steps=check_choice(bias_correction, "bias_correction") == "row",
         owes_decay=decays_exactly and not replays,  # which decays rows for every step as it is
         replays=replays,
@@ -272,20 +297,22 @@ def _read_options(
         beta1=beta1,
         beta2=beta2,
         eps=check_eps(eps),
-        maximize=_check_flag(maximize, "maximize"),
-        torch_eps=_check_flag(torch_eps, "torch_eps"),
+        maximize=check_flag(maximize, "maximize"),
+        torch_eps=check_flag(torch_eps, "torch_eps"),
         weight_decay=check_weight_decay(weight_decay),
         nonfinite=check_choice(nonfinite, "nonfinite"),
-        stochastic_rounding=_check_flag(stochastic_rounding, "stochastic_rounding"),
-        seed=None if seed is None else _check_seed(seed),
+        stochastic_rounding=check_flag(stochastic_rounding, "stochastic_rounding"),
+        seed=None if seed is None else check_seed(seed),
         dense_gradients=check_choice(dense_gradients, "dense_gradients"),
+        moment_device=check_moment_device(moment_device),
         layout=layout,
     )
     _check_together(options)
     return options
 
 
-def _check_seed(value: object) -> int:
+def check_seed(value: object) -> int:
+    """Return ``seed`` as an int in [0, 2**53)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"seed must be an int, got {value!r}.")
     if not 0 <= value < SEED_END:
@@ -434,7 +461,7 @@ def unknown_parameter_error(param: object) -> ValueError:
     return ValueError(f"{found} is not one of this optimizer's. Pass one of its groups' own parameters.")
 
 
-def check_rows(rows: object, place: Place) -> None:
+def check_rows(rows: object, place: Place | str) -> None:
     """Refuse what does not list rows.
 
     Raises:
@@ -445,7 +472,7 @@ def check_rows(rows: object, place: Place) -> None:
         raise TypeError(f"rows of {place} must be a one-dimensional torch.int64 tensor, got {found}.")
 
 
-def check_row_range(rows: Tensor, num_rows: int, place: Place) -> None:
+def check_row_range(rows: Tensor, num_rows: int, place: Place | str) -> None:
     """Refuse rows outside a table.
 
     Raises:
@@ -455,7 +482,7 @@ def check_row_range(rows: Tensor, num_rows: int, place: Place) -> None:
         raise row_range_error(rows, num_rows, place)
 
 
-def row_range_error(rows: Tensor, num_rows: int, place: Place) -> IndexError:
+def row_range_error(rows: Tensor, num_rows: int, place: Place | str) -> IndexError:
     """Make the error for rows of which at least one is outside a table."""
     first = rows[(rows < 0) | (rows >= num_rows)][0]
     return IndexError(f"row {int(first)} is outside the {num_rows} rows of {place}. Nothing was changed.")
@@ -571,6 +598,14 @@ def row_error(place: Place | str, sparse_shape: Sequence[int], dim: int, index: 
     )
 
 
+def row_assertion(place: Place) -> str:
+    """Write what a device-side assertion says of an index outside a table."""
+    return (
+        f"the gradient of {place} names a row outside its table. Pass strict=True to SparseAdam, which waits for the "
+        "device before each step, to be told which."
+    )
+
+
 def clip_layout_error(place: str, layout: torch.layout) -> RuntimeError:
     """Make the error for a gradient to be clipped or coalesced that is neither dense nor COO."""
     return RuntimeError(
@@ -607,8 +642,7 @@ def moment_dtype_error(place: Place, found: torch.dtype, table_dtype: torch.dtyp
     )
 
 
-def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -> RuntimeError:
-    """Make the error for an option that shapes the state and was changed after a table's first step."""
+def _changed_options(found: StateLayout, wanted: StateLayout) -> str:
     options = {
         "stored_dtype": "moment_dtype",
         "one_exp_avg_sq_a_row": "second_moment",
@@ -617,10 +651,14 @@ def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -
         "owes_decay": "weight_decay_mode",
         "replays": "missed_steps",
     }
-    changed = [options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name)]
+    return ", ".join(options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name))
+
+
+def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -> RuntimeError:
+    """Make the error for an option that shapes the state and was changed after a table's first step."""
     return RuntimeError(
-        f"{', '.join(changed)} of {place} changed after its moments were made, and shapes them. Set it back, or delete "
-        "optimizer.state[param] to start that table's moments anew."
+        f"{_changed_options(found, wanted)} of {place} changed after its moments were made, and shapes them. Set it "
+        "back, or delete optimizer.state[param] to start that table's moments anew."
     )
 
 
@@ -670,6 +708,13 @@ def backend_error(place: Place, backend: str, reason: str) -> RuntimeError:
     )
 
 
+def host_moments_error(place: Place, reason: str) -> RuntimeError:
+    """Make the error for a table on a device that cannot have its moments on the host."""
+    return RuntimeError(
+        f'moment_device="cpu" cannot be had for {place}: {reason}. Leave moment_device at None for this table.'
+    )
+
+
 def missing_backend_error(backend: str, reason: str) -> ImportError:
     """Make the error for a named backend that this installation lacks."""
     return ImportError(f'backend="{backend}" is not available: {reason}. Or pass backend="reference".')
@@ -680,3 +725,500 @@ def checkpoint_error(place: Place | str, problem: str) -> ValueError:
     return ValueError(
         f"the checkpoint does not fit this optimizer: state of {place}: {problem}. The optimizer is unchanged."
     )
+
+
+# Files --------------------------------------------------------------------------------------------
+
+INIT_KINDS = ("zeros", "normal", "uniform")
+
+
+def check_size(value: object, name: str) -> int:
+    """Return ``num_rows`` or ``dim`` of a table in a file, an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}. Leave out num_rows and dim to open a file as it is.")
+    if value < 1:
+        raise ValueError(f"Invalid {name}: {value}. It must be at least 1.")
+    return value
+
+
+def check_table_dtype(value: object) -> torch.dtype:
+    """Return the dtype of a table."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {value!r}.")
+    if value not in TABLE_DTYPES:
+        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
+        raise ValueError(f"Invalid dtype: {value}. Choose one of {supported}.")
+    return value
+
+
+def check_init(value: object) -> tuple[str, float]:
+    """Return how the rows of a table begin: a kind and its scale, which is 0 of zeros."""
+    if value == "zeros":
+        return "zeros", 0.0
+    if not isinstance(value, (str, tuple, list)):
+        raise TypeError(f"init must be 'zeros' or a pair such as ('normal', 0.01), got {value!r}.")
+    if isinstance(value, str) or len(value) != 2 or value[0] not in INIT_KINDS[1:]:
+        raise ValueError(
+            f"Invalid init: {value!r}. Choose 'zeros', ('normal', standard_deviation) or ('uniform', bound)."
+        )
+    scale = _as_number(value[1], "the number in init")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"Invalid init: {value!r}. Its number must lie in (0, inf).")
+    return value[0], scale
+
+
+def check_moment_dir(value: object) -> None:
+    """Refuse what is no path."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"moment_dir must be a path or None, got {value!r}.")
+
+
+def check_same_table(path: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to open a table as something else than it was created as.
+
+    Raises:
+        ValueError: naming all that differs.
+    """
+    names = {"num_rows": "num_rows", "dim": "dim", "dtype": "dtype", "init": "init and seed"}
+    differing = [
+        f"{name} {found[key]} in place of {wanted[key]}" for key, name in names.items() if found[key] != wanted[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"the table in {path!r} has {', '.join(differing)}. It was left as it is. Open it with the arguments it "
+            "was created with, or by its path alone."
+        )
+
+
+def file_error(path: str, problem: str, error: Exception) -> OSError:
+    """Make the error for a file that the system refuses."""
+    number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return OSError(number, f"{path!r} {problem}: {reason}. What was committed before is as it was.")
+
+
+def disk_full_error(path: str, num_bytes: int, error: OSError) -> OSError:
+    """Make the error for a disk that has no room for what is about to be written."""
+    return OSError(
+        error.errno,
+        f"no room for {num_bytes} more bytes of {path!r}: {error.strerror}. Nothing was changed. Make room on that "
+        "disk, and take the step again; checkpoint() removes the log of what was written since the last one.",
+    )
+
+
+def foreign_error(path: str, what: str) -> ValueError:
+    """Make the error for a file that is something else."""
+    return ValueError(f"{path!r} does not hold {what} of sparseadam. It was left as it is. Choose another path.")
+
+
+def foreign_directory_error(path: str, name: str) -> ValueError:
+    """Make the error for a directory of moments that holds something else."""
+    return ValueError(
+        f"the directory {path!r} has no commit of moments, and holds {name!r}. It was left as it is. Choose a new or "
+        "empty directory for moment_dir."
+    )
+
+
+def version_error(path: str, found: object, known: int) -> ValueError:
+    """Make the error for a file of a later version."""
+    return ValueError(
+        f"{path!r} has version {found!r} of its format, and this version of sparseadam reads {known}. It was left as "
+        "it is. Use the version of sparseadam that wrote it."
+    )
+
+
+def damaged_error(path: str, problem: str) -> ValueError:
+    """Make the error for a file that was cut short or overwritten."""
+    return ValueError(f"{path!r} is damaged: {problem} found. It was left as it is. Restore it from a copy.")
+
+
+def missing_table_error(path: str) -> FileNotFoundError:
+    """Make the error for a table that is to be opened and is not there."""
+    return FileNotFoundError(
+        errno.ENOENT, f"there is no table at {path!r}. Pass num_rows and dim to create one, or correct the path"
+    )
+
+
+def missing_part_error(directory: str, path: str) -> FileNotFoundError:
+    """Make the error for a file of a commit that is gone."""
+    return FileNotFoundError(
+        errno.ENOENT,
+        f"{path!r} is missing, which the commit in {directory!r} needs. Nothing was changed. Restore it from a copy, "
+        "or choose an empty moment_dir to start the moments anew",
+    )
+
+
+def lost_moments_error(path: str, directory: str) -> FileNotFoundError:
+    """Make the error for a table that was being trained with moments that are gone."""
+    return FileNotFoundError(
+        errno.ENOENT,
+        f"rows of the table in {path!r} were written since its last checkpoint(), and the log that takes them back is "
+        f"gone with the moments in {directory!r}. The table was left as it is. Restore that directory, where it was "
+        "or in the same place as seen from the table",
+    )
+
+
+def locked_error(path: str) -> RuntimeError:
+    """Make the error for a file that is open elsewhere."""
+    return RuntimeError(
+        f"{path!r} is open in another process, or in this one. Wait for the other to end, or drop all that uses it "
+        "here: tensors, models, optimizers. Of processes that were forked, the last one counts."
+    )
+
+
+def platform_error() -> OSError:
+    """Make the error for a system without what files need."""
+    return OSError(
+        errno.ENOSYS,
+        "tables and moments in files need posix_fallocate, which Python has on Linux only, and a little-endian "
+        "machine. Keep them in memory here",
+    )
+
+
+def long_path_error(directory: str) -> ValueError:
+    """Make the error for a path that does not fit a table's header."""
+    return ValueError(
+        f"the path of the moments, {directory!r}, is too long for a table's header. Choose a shorter one."
+    )
+
+
+def not_mapped_error() -> ValueError:
+    """Make the error for a tensor that is no memory-mapped table."""
+    return ValueError(
+        "the table is not in a file. Pass what memory_mapped() returned, or a parameter that shares its memory; what "
+        ".to(), .clone() and the like return does not."
+    )
+
+
+def no_mapped_table_error() -> ValueError:
+    """Make the error for a model without memory-mapped tables."""
+    return ValueError(
+        "none of the model's parameters is a memory-mapped table. Build its embedding with "
+        "nn.Embedding.from_pretrained(table, freeze=False, sparse=True), and do not move or convert the model after."
+    )
+
+
+def max_norm_error(name: str) -> ValueError:
+    """Make the error for a module that writes to the rows it reads."""
+    return ValueError(
+        f"module {name!r} has a max_norm, so that reading rows of its memory-mapped table writes to them, which no log "
+        "would take back. Use max_norm=None."
+    )
+
+
+def unannounced_reads_error(path: str, row: int, kind: str) -> RuntimeError:
+    """Make the error for rows that a model read as zeros."""
+    return RuntimeError(
+        f"row {row} of the table in {path!r} was used before it had its initial values (init {kind!r}), so as zeros. "
+        "No row was changed. Call sparseadam.initialize_on_read(model) once, or initialize_rows(table, rows) before "
+        "rows are read."
+    )
+
+
+def partial_table_error(place: Place, path: str) -> ValueError:
+    """Make the error for a parameter that is a part of a memory-mapped table."""
+    return ValueError(
+        f"{place} is a part or another view of the memory-mapped table in {path!r}. Make the parameter of the whole "
+        "table."
+    )
+
+
+def unknown_table_error(path: str) -> RuntimeError:
+    """Make the error for a memory-mapped table that came after the optimizer was built."""
+    return RuntimeError(
+        f"the table in {path!r} is not among those that this optimizer commits. No row was changed. Give it to the "
+        "optimizer when that is built, or in add_param_group()."
+    )
+
+
+def unpaired_optimizer_error(path: str, directory: str) -> ValueError:
+    """Make the error for a table whose moments are in a directory, in an optimizer without one."""
+    return ValueError(
+        f"the table in {path!r} is committed together with the moments in {directory!r}, which would no longer fit it. "
+        f"Pass moment_dir={directory!r}, or another, empty directory to start its moments anew."
+    )
+
+
+def check_committed_places(path: str, saved: Sequence[tuple[int, int]], present: Sequence[Place]) -> None:
+    """Refuse to go on from a commit of other groups.
+
+    Raises:
+        ValueError: saying how many parameters the groups have and had.
+    """
+    if saved != [(place.group_index, place.position) for place in present]:
+        raise ValueError(
+            f"the commit in {path!r} has {_group_sizes([group for group, _ in saved])}, and the optimizer "
+            f"{_group_sizes([place.group_index for place in present])}. Nothing was changed. Build the optimizer with "
+            "all the parameters and groups that it had."
+        )
+
+
+def _group_sizes(groups: Sequence[int]) -> str:
+    sizes = [groups.count(group) for group in sorted(set(groups))]
+    return f"{len(sizes)} groups of {', '.join(map(str, sizes))} parameters"
+
+
+def committed_parameter_error(path: str, place: Place, wanted: str, found: str) -> ValueError:
+    """Make the error for a parameter that is not what a commit has in its place."""
+    return ValueError(
+        f"the commit in {path!r} does not fit {place}: {wanted} expected, {found} found. Nothing was changed. Build "
+        "the optimizer as it was, or choose an empty moment_dir."
+    )
+
+
+def committed_table_error(path: str, place: Place, wanted: str, found: str) -> ValueError:
+    """Make the error for another table than the one of a commit."""
+    return ValueError(
+        f"the commit in {path!r} does not fit {place}: the table in {found!r} is not the one that was in {wanted!r}. "
+        "Nothing was changed. Restore that file, or choose an empty moment_dir to start moments anew."
+    )
+
+
+def repaired_table_error(path: str, place: Place, table: str, pairing: Mapping[str, str] | None) -> ValueError:
+    """Make the error for a table that was trained with other moments since."""
+    since = "others" if pairing is None else f"those in {pairing['path']!r}"
+    return ValueError(
+        f"the moments in {path!r} no longer fit {place}: the table in {table!r} was committed with {since} since. "
+        "Nothing was changed. Use those, or choose an empty moment_dir to start moments anew."
+    )
+
+
+def committed_layout_error(path: str, place: Place, found: StateLayout, wanted: StateLayout) -> ValueError:
+    """Make the error for an option that shapes the state and is not what it was at a commit."""
+    return ValueError(
+        f"{_changed_options(found, wanted)} of {place} is not what it was at the commit in {path!r}, and shapes "
+        "moments. Nothing was changed. Set it back, or choose an empty moment_dir to start moments anew."
+    )
+
+
+def moment_device_error(place: Place, device: torch.device) -> RuntimeError:
+    """Make the error for moments that no file can hold."""
+    return RuntimeError(
+        f"{place} is on {device}, and moment_dir keeps moments of tables on the CPU. Nothing was changed. Keep the "
+        "table there, or give it to an optimizer without moment_dir."
+    )
+
+
+def mapped_dense_error(place: Place, path: str) -> RuntimeError:
+    """Make the error for a dense gradient of a table in a file."""
+    return RuntimeError(
+        f"the gradient of {place} is dense, and a step would write all of the table in {path!r}. No parameter was "
+        "changed. Make every use of the table sparse."
+    )
+
+
+def resize_files_error(place: Place) -> RuntimeError:
+    """Make the error for resizing what is in files."""
+    return RuntimeError(
+        f"resize() of {place} is for tables and moments in memory, and this optimizer has some in files, whose size is "
+        "fixed. Create the table with as many rows as it can come to have: those not touched cost nothing."
+    )
+
+
+def no_directory_error() -> RuntimeError:
+    """Make the error for a commit without files."""
+    return RuntimeError(
+        "checkpoint() commits tables and moments in files, and this optimizer has no moment_dir. Pass one when it is "
+        "built, or save state_dict()."
+    )
+
+
+# Several processes --------------------------------------------------------------------------------
+
+# Options of nn.Embedding that a sharded one has by name only: what they must be, and why nothing else is possible.
+_SHARDED_REFUSALS: dict[str, tuple[Any, str]] = {
+    "max_norm": (None, "the rows that are looked up lie on other ranks, which would have to rewrite them"),
+    "scale_grad_by_freq": (False, "the counts of the batch are spread over the ranks"),
+    "sparse": (True, "the gradient of a shard holds the rows that were looked up and no others"),
+}
+
+
+def check_sharded_choice(value: object, name: str) -> str:
+    """Return an option of a sharded table that is one of a few strings."""
+    return _check_one_of(value, name, SHARDED_CHOICES[name])
+
+
+def check_sharded_table(num_embeddings: object, embedding_dim: object, refused: Mapping[str, object]) -> None:
+    """Refuse a table without rows or columns, and options that a sharded table cannot have.
+
+    Raises:
+        TypeError: a size that is not an int.
+        ValueError: a size below 1, or an option with another value than the only one supported.
+    """
+    for name, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {size!r}.")
+        if size < 1:
+            raise ValueError(f"Invalid {name}: {size}. It must be at least 1.")
+    for name, value in refused.items():
+        supported, reason = _SHARDED_REFUSALS[name]
+        if value is not supported:
+            raise ValueError(f"{name}={value!r} is not supported by a sharded table: {reason}. Pass {supported!r}.")
+
+
+def check_padding_idx(padding_idx: object, num_embeddings: int) -> int | None:
+    """Return ``padding_idx`` counted from the start.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is outside the table.
+    """
+    if padding_idx is None:
+        return None
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx must be an int or None, got {padding_idx!r}.")
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(
+            f"Invalid padding_idx: {padding_idx}. It must name a row, in [{-num_embeddings}, {num_embeddings})."
+        )
+    return padding_idx % num_embeddings
+
+
+def check_shard_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that no table has."""
+    if dtype not in TABLE_DTYPES:
+        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
+        raise ValueError(f"Invalid dtype: {dtype}. A sharded table has one of {supported}.")
+
+
+def check_ids(ids: object, num_embeddings: int, device: torch.device) -> None:
+    """Refuse ids that cannot be looked up in a sharded table.
+
+    Raises:
+        TypeError: no int64 or int32 tensor.
+        RuntimeError: on another device than the table.
+        IndexError: outside the table.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        found = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a torch.int64 or torch.int32 tensor, got {found}.")
+    if ids.device != device:
+        raise RuntimeError(f"ids are on {ids.device}, and the table is on {device}. Move the ids there.")
+    outside = ids[(ids < 0) | (ids >= num_embeddings)]
+    if len(outside) > 0:
+        raise IndexError(
+            f"id {int(outside[0])} is outside the table's rows 0 to {num_embeddings - 1}. "
+            "No rank has looked anything up. Check the ids, or build the table with more rows."
+        )
+
+
+def check_same_on_all_ranks(names: Sequence[str], found: Sequence[Sequence[int]]) -> None:
+    """Refuse to share a table that ranks build differently."""
+    for name, values in zip(names, zip(*found, strict=True), strict=True):
+        if len(set(values)) > 1:
+            each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            raise ValueError(
+                f"the ranks build a sharded table with different {name}: {each}. Build the same tables in the same "
+                "order on all ranks."
+            )
+
+
+def refused_elsewhere_error(rank: int, refusing: Sequence[int]) -> RuntimeError:
+    """Make the error of a rank whose lookup was fine where another one's was not."""
+    others = ", ".join(map(str, refusing))
+    return RuntimeError(
+        f"rank {rank} cannot look up rows, because rank {others} refused its ids. "
+        f"No rank has looked anything up. The error there says why."
+    )
+
+
+def out_of_step_error(rank: int, places: Sequence[str]) -> RuntimeError:
+    """Make the error of ranks that meet at different places."""
+    each = "; ".join(f"rank {other} is in {place}" for other, place in enumerate(places))
+    return RuntimeError(
+        f"the ranks are out of step, as rank {rank} sees it: {each}. Every rank must call each sharded table equally "
+        "often and run the backward pass of each call, with no ids too. Give a rank that has none an empty tensor of "
+        "ids, and add output.sum() to its loss."
+    )
+
+
+def lost_rank_error(rank: int, world_size: int, doing: str, error: RuntimeError) -> RuntimeError:
+    """Make the error of a rank that others do not answer."""
+    cause = str(error).strip().splitlines()
+    return RuntimeError(
+        f"rank {rank} of {world_size} lost another rank while {doing}: {cause[0] if cause else type(error).__name__}. "
+        "Either that rank has ended, or it did not come here within the process group's timeout: every rank must call "
+        "each sharded table equally often and run the backward pass of each call. See the first error that any rank "
+        "printed; end this process, and start all from the last checkpoint, as torchrun --max-restarts does."
+    )
+
+
+def check_checkpoint_step(step: object) -> int:
+    """Return a checkpoint's number, which its folder's name has room for."""
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int, got {step!r}.")
+    if not 0 <= step < 10**12:
+        raise ValueError(f"Invalid step: {step}. step must lie in [0, 10**12).")
+    return step
+
+
+def check_ready_to_save(said: Sequence[tuple[int, str | None, Sequence[int]]]) -> None:
+    """Refuse to write a checkpoint that a rank cannot take part in, or in which ranks would not fit together.
+
+    Args:
+        said: by rank, its step, what keeps it from writing, and for which parameters it has a state.
+
+    Raises:
+        RuntimeError: the same on all ranks. Nothing has been written.
+    """
+    steps, problems, stateful = zip(*said, strict=True)
+    found = [f"on rank {rank}, {problem}" for rank, problem in enumerate(problems) if problem]
+    if len(set(steps)) > 1:
+        found.append(f"the ranks are at steps {', '.join(map(str, steps))}")
+    if len({tuple(numbers) for numbers in stateful}) > 1:
+        each = "; ".join(f"{list(numbers)} on rank {rank}" for rank, numbers in enumerate(stateful))
+        found.append(f"the ranks have state for different parameters: {each}")
+    if found:
+        raise RuntimeError(
+            f"no checkpoint was written: {'; '.join(found)}. Every rank must save at the same step, a model and an "
+            "optimizer of the same kind."
+        )
+
+
+def unwritten_checkpoint_error(folder: str, causes: Sequence[str]) -> RuntimeError:
+    """Make the error for a checkpoint that some rank could not write."""
+    return RuntimeError(
+        f"the checkpoint in {folder} was not completed: {'; '.join(causes)}. Earlier checkpoints are whole. Remove the "
+        "cause, or save elsewhere."
+    )
+
+
+def unread_checkpoint_error(folder: str, causes: Sequence[str]) -> RuntimeError:
+    """Make the error for a checkpoint that cannot be read."""
+    return RuntimeError(
+        f"the checkpoint in {folder} cannot be read: {'; '.join(causes)}. Build model and optimizer anew, and move "
+        "that folder away to load the one before."
+    )
+
+
+def failed_elsewhere_error(rank: int, failed: Sequence[int]) -> RuntimeError:
+    """Make the error of a rank that has loaded a checkpoint which others could not load."""
+    others = ", ".join(map(str, failed))
+    return RuntimeError(
+        f"rank {rank} has loaded the checkpoint, but rank {others} could not: the error there says why. "
+        "Build model and optimizer anew on all ranks."
+    )
+
+
+def check_saved_model(
+    found: Mapping[str, tuple[Sequence[int], torch.dtype]], wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]
+) -> None:
+    """Refuse a checkpoint that is not of this model.
+
+    Args:
+        found: sizes and dtypes by name, of whole tensors, in the checkpoint.
+        wanted: the same of the model.
+
+    Raises:
+        ValueError: naming all that does not fit. Nothing has been changed.
+    """
+    faults = [f"{name} missing" for name in wanted if name not in found]
+    faults += [f"{name} not in the model" for name in found if name not in wanted]
+    for name in found.keys() & wanted.keys():
+        (size, dtype), (wanted_size, wanted_dtype) = found[name], wanted[name]
+        if list(size) != list(wanted_size) or dtype is not wanted_dtype:
+            faults.append(f"{name} is {dtype} {shape_text(size)}, {wanted_dtype} {shape_text(wanted_size)} expected")
+    if faults:
+        raise ValueError(
+            f"the checkpoint does not fit this model: {'; '.join(sorted(faults))}. Build the model that was saved."
+        )

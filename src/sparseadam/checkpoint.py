@@ -130,7 +130,7 @@ def by_number(states: Mapping[Any, Any], numbers: Iterable[Any]) -> dict[Any, An
     return states
 
 
-def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, is_compact: bool) -> Moments:
+def read_state(state: Any, table: Tensor, place: Place, options: GroupOptions, *, is_compact: bool) -> Moments:
     """Build moments from a table's saved state.
 
     Args:
@@ -138,7 +138,7 @@ def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, 
             keeps the rows that have a non-zero moment.
         table: the table it is for.
         place: the table's place, for messages.
-        layout: what the options of its group keep.
+        options: of its group, which say what is kept, and where.
         is_compact: whether the state is known to be ours. Otherwise it is ours if it has ``rows``.
 
     Raises:
@@ -146,15 +146,16 @@ def read_state(state: Any, table: Tensor, place: Place, layout: StateLayout, *, 
     """
     if not isinstance(state, Mapping):
         raise checkpoint_error(place, f"a {type(state).__name__} found, a dict expected")
+    layout, device = options.layout, options.device_of_moments(table)
     if not is_compact and "rows" not in state:
-        return _read_dense(check_dense_state(state, table, place, layout), state, table, layout)
+        return _read_dense(check_dense_state(state, table, place, layout), state, table, layout, device)
     optional = [name for name in ("num_skipped", *(CLOCKS if layout.replays else ())) if name in state]
     _check_keys(state, [*_compact_keys(layout), *optional], place)
     step = _read_step(state["step"], place)
     _check_clocks(state, step, place)
     for key in _DENSE_KEYS[1:]:
         _check_moment(state[key], key, table, place, layout, dense=False)
-    return _read_compact(step, state, table, place, layout)
+    return _read_compact(step, state, table, place, layout, device)
 
 
 def check_dense_state(state: Mapping[str, Any], parameter: Tensor, place: Place, layout: StateLayout) -> int:
@@ -226,9 +227,11 @@ def _check_moment(moment: object, key: str, table: Tensor, place: Place, layout:
         )
 
 
-def _read_dense(step: int, state: Mapping[str, Any], table: Tensor, layout: StateLayout) -> Moments:
+def _read_dense(
+    step: int, state: Mapping[str, Any], table: Tensor, layout: StateLayout, device: torch.device
+) -> Moments:
     sparse_dim = min(table.dim(), 1)
-    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
+    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), device, layout)
     by_row = (moments.num_rows, *moments.row_shape)
     dense = {key: part.reshape(by_row) for key, part in state.items() if key != "step"}
     is_touched = torch.zeros(moments.num_rows, dtype=torch.bool, device=state["exp_avg"].device)
@@ -241,7 +244,9 @@ def _read_dense(step: int, state: Mapping[str, Any], table: Tensor, layout: Stat
     return moments
 
 
-def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Place, layout: StateLayout) -> Moments:
+def _read_compact(
+    step: int, state: Mapping[str, Any], table: Tensor, place: Place, layout: StateLayout, device: torch.device
+) -> Moments:
     rows, exp_avg = state["rows"], state["exp_avg"]
     sparse_dim = table.dim() - (exp_avg.dim() - 1)
     row_shape = table.shape[sparse_dim:] if 0 <= sparse_dim <= table.dim() else None
@@ -258,7 +263,7 @@ def _read_compact(step: int, state: Mapping[str, Any], table: Tensor, place: Pla
         _check_part(state[name], name, (len(exp_avg), *part.shape), part.dtype, place)
     counters = {key: state[key] for key in ("log_decay", "num_skipped") if key in state}
     _check_counters(counters, place)
-    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
+    moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), device, layout)
     moments.fill({**state, **counters, "step": step})
     return moments
 

@@ -348,6 +348,7 @@ def _refused_option(options: GroupOptions) -> str | None:
         "bias_correction='row'": layout.row_steps,
         "second_moment='row'": layout.one_exp_avg_sq_a_row,
         f"moment_dtype={layout.stored_dtype}": layout.stored_dtype is not None,
+        "moment_device='cpu'": options.moment_device is not None,
         "stochastic_rounding=True": options.stochastic_rounding,
         "nonfinite='skip'": options.nonfinite == "skip",
         "torch_eps=True": options.torch_eps,

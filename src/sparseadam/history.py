@@ -124,6 +124,13 @@ class History:
         """Return a copy of the numbers, float64 ``[num_steps + 1, NUM_COLUMNS]``."""
         return torch.frombuffer(self._numbers, dtype=torch.float64).clone().reshape(-1, NUM_COLUMNS)
 
+    @classmethod
+    def of(cls, base: int, numbers: Tensor) -> History:
+        """Return the history that has these numbers."""
+        made = cls(base)
+        made._numbers = array("d", numbers.flatten().tolist())
+        return made
+
     def copy(self) -> History:
         """Return the same history, to go on by itself."""
         copied = History(self.base)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import rounding
-from ._memory import Part, slot_memory, zeros
+from ._device_counts import DeviceCounts
+from ._memory import IndexedMemory, Part, SlotMemory, index_dtype, slot_memory, zeros
 from .history import LOG_BETA1, LOG_BETA2, History
 
 # Counted for the table as a whole; the last two are there only where their option is, or something was counted.
@@ -94,6 +95,8 @@ class Moments(MutableMapping[str, Any]):
         dtype: dtype in which the moments are computed.
         device: where they are kept.
         layout: what is kept.
+        memory: where they are kept, other than in memory that is made for them. What it holds is taken to be theirs
+            once ``num_slots`` says so and ``index_rows()`` has been called.
 
     State:
         ``step`` (int): steps of the table so far. ``rows`` int64 ``[num_slots]``: the row of each slot, in the order
@@ -109,6 +112,7 @@ class Moments(MutableMapping[str, Any]):
 
     __slots__ = (
         "_counters",
+        "_device_counts",
         "_log_decay",
         "_memory",
         "device",
@@ -117,6 +121,7 @@ class Moments(MutableMapping[str, Any]):
         "layout",
         "native_table",
         "num_rows",
+        "row_names",
         "row_shape",
         "shape",
         "slot_of_row",
@@ -131,6 +136,7 @@ class Moments(MutableMapping[str, Any]):
         dtype: torch.dtype,
         device: torch.device,
         layout: StateLayout = PLAIN,
+        memory: IndexedMemory | None = None,
     ) -> None:
         """Start at step 0 with no slots."""
         self.shape = shape
@@ -144,12 +150,18 @@ class Moments(MutableMapping[str, Any]):
         # Where the native backend can move them on: step, num_slots and num_skipped; log_decay.
         self._counters = array("q", (0, 0, 0))
         self._log_decay = array("d", (0.0,))
-        self._memory = slot_memory(self.num_rows, layout.parts(self.row_shape, dtype), device)
+        # Where steps count on the device, from which the two counters above are read when somebody asks.
+        self._device_counts: DeviceCounts | None = None
         # Slot + 1 of each row and 0 where it has none, so that untouched pages of the index are never committed.
-        slot_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
-        self.slot_of_row = zeros(self.num_rows, slot_dtype, device)
+        if memory is None:
+            self._memory = slot_memory(self.num_rows, layout.parts(self.row_shape, dtype), device)
+            self.slot_of_row = zeros(self.num_rows, index_dtype(self.num_rows), device)
+        else:
+            self._memory, self.slot_of_row = memory, memory.index
         # The steps that rows may have missed, where they are replayed.
         self.history = History(0) if layout.replays else None
+        # What each row is called in ``rows`` and to random bits; None where by its place, as in a whole table.
+        self.row_names: Tensor | None = None
         # What the native backend made of the table and these moments in its last general step.
         self.native_table: object | None = None
 
@@ -165,20 +177,40 @@ class Moments(MutableMapping[str, Any]):
     @property
     def num_slots(self) -> int:
         """Slots in use."""
+        self._read_device_counts()
         return self._counters[1]
 
     @num_slots.setter
     def num_slots(self, num_slots: int) -> None:
+        self._take_counts_back()
         self._counters[1] = num_slots
 
     @property
     def num_skipped(self) -> int:
         """How often a row was left as it was because its gradient was not finite."""
+        self._read_device_counts()
         return self._counters[2]
 
     @num_skipped.setter
     def num_skipped(self, num_skipped: int) -> None:
+        self._take_counts_back()
         self._counters[2] = num_skipped
+
+    @property
+    def device_counts(self) -> DeviceCounts:
+        """Slots in use and rows skipped as counters on the device, for steps that count there from now on."""
+        if self._device_counts is None:
+            self._device_counts = DeviceCounts(self._counters[1], self._counters[2], self.device)
+        return self._device_counts
+
+    def _read_device_counts(self) -> None:
+        if self._device_counts is not None:
+            self._counters[1], self._counters[2] = self._device_counts.read()
+
+    def _take_counts_back(self) -> None:
+        """Count on the host from now on."""
+        self._read_device_counts()
+        self._device_counts = None
 
     @property
     def log_decay(self) -> float:
@@ -192,6 +224,7 @@ class Moments(MutableMapping[str, Any]):
     @property
     def counter_addresses(self) -> tuple[int, int]:
         """Where three int64 (step, num_slots, num_skipped) and a double (log_decay) stand while these moments live."""
+        self._take_counts_back()
         return self._counters.buffer_info()[0], self._log_decay.buffer_info()[0]
 
     @property
@@ -212,6 +245,11 @@ class Moments(MutableMapping[str, Any]):
         """Slots that fit without growing."""
         return self._memory.capacity
 
+    @property
+    def memory(self) -> SlotMemory:
+        """What holds the slots."""
+        return self._memory
+
     def grow(self, num_slots: int) -> None:
         """Make room for ``num_slots`` slots, of which no table has more than it has rows."""
         num_slots = min(num_slots, self.num_rows)
@@ -219,9 +257,14 @@ class Moments(MutableMapping[str, Any]):
             self._memory.grow(num_slots)
             self.native_table = None
 
+    def make_room(self, num_lookups: int) -> None:
+        """Make room for the rows of a step that counts them on the device, waiting for it only if there may be none."""
+        if self.device_counts.most_slots() + num_lookups > self.capacity < self.num_rows:
+            self.grow(self.num_slots + num_lookups)
+
     def slot_parts(self) -> dict[str, Tensor]:
         """Return what is kept for each slot, by name; those of one record share a storage."""
-        return self._memory.all_parts(self.num_slots)
+        return self.memory_of(self.num_slots)
 
     def parts(self) -> dict[str, Any]:
         """Return the state by the names of its parts."""
@@ -230,7 +273,11 @@ class Moments(MutableMapping[str, Any]):
 
     def whole_memory(self) -> dict[str, Tensor]:
         """Return what is kept for every slot there is room for, by name."""
-        return self._memory.all_parts(self._memory.capacity)
+        return self.memory_of(self._memory.capacity)
+
+    def memory_of(self, num_slots: int) -> dict[str, Tensor]:
+        """Return what is kept for the first ``num_slots`` slots there is room for, used or not, by name."""
+        return self._memory.all_parts(num_slots)
 
     def claim_slots(self, rows: Tensor) -> Tensor:
         """Return the slot of each of ``rows`` (distinct, ascending, inside the table), giving new ones where needed."""
@@ -242,8 +289,34 @@ class Moments(MutableMapping[str, Any]):
         new_slots = torch.arange(first, self.num_slots, device=self.device)
         slots[is_new] = new_slots
         self.slot_of_row[new_rows] = (new_slots + 1).to(self.slot_of_row.dtype)
-        self.rows[first:] = new_rows
+        self.rows[first:] = self.names_of(new_rows)
         return slots
+
+    def names_of(self, rows: Tensor) -> Tensor:
+        """Return what rows are called in ``rows`` and to random bits."""
+        return rows if self.row_names is None else self.row_names[rows]
+
+    def of_rows(self, rows: Tensor) -> Moments:
+        """Return the same state for a table of some rows of this one's alone, for a step on a copy of them.
+
+        Memory and counters are shared. ``take_slots`` ends it.
+
+        Args:
+            rows: int64 ``[num_touched]``, distinct and inside the table.
+        """
+        self._take_counts_back()
+        self.grow(self.num_slots + len(rows))
+        part = Moments.__new__(Moments)
+        for name in Moments.__slots__:
+            setattr(part, name, getattr(self, name))
+        part.shape, part.sparse_dim, part.num_rows = torch.Size((len(rows), *self.row_shape)), 1, len(rows)
+        part.slot_of_row, part.row_names = self.slot_of_row[rows], rows
+        self.native_table = part.native_table = None
+        return part
+
+    def take_slots(self, part: Moments) -> None:
+        """Take over the slots that new rows of ``part`` were given, which ``of_rows`` returned."""
+        self.slot_of_row[part.row_names] = part.slot_of_row
 
     def fill(self, parts: Mapping[str, Any], history: History | None = None) -> None:
         """Take over a saved state; rows keep their order. Only for moments that have no slots yet.
@@ -262,12 +335,18 @@ class Moments(MutableMapping[str, Any]):
                 part.fill_(self.step)
             else:
                 part.copy_(parts[name])
-        slots = torch.arange(1, self.num_slots + 1, device=self.device)
-        self.slot_of_row[self.rows] = slots.to(self.slot_of_row.dtype)
+        self.index_rows()
 
-    def to_device(self, device: torch.device) -> Moments:
-        """Return the same state on another device."""
-        moved = Moments(self.shape, self.sparse_dim, self.dtype, device, self.layout)
+    def index_rows(self) -> None:
+        """Make the index of what ``rows`` says."""
+        for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
+            rows = self.rows[begin : begin + _SLOTS_AT_ONCE]
+            slots = torch.arange(begin + 1, begin + 1 + len(rows), device=self.device)
+            self.slot_of_row[rows] = slots.to(self.slot_of_row.dtype)
+
+    def moved(self, device: torch.device, memory: IndexedMemory | None = None) -> Moments:
+        """Return the same state on another device or in other memory."""
+        moved = Moments(self.shape, self.sparse_dim, self.dtype, device, self.layout, memory)
         moved.fill(self.parts(), self.history)
         return moved
 

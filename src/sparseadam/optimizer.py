@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, overload
 
@@ -13,13 +15,17 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _validate, checkpoint, dense, replay, update
+from . import _validate, checkpoint, dense, mapped_table, replay, update
 from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
+from .moment_directory import Kept, MomentDirectory, Write
 from .moments import Moments, StateLayout, moment_dtype
 from .reading import Hooks
 from .update import RowUpdate, SteadyStep, step_scalars
+
+# Rows that are prepared for a pass over a whole table at a time.
+_ROWS_AT_ONCE = 1 << 16
 
 
 def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +76,7 @@ class SparseAdam(torch.optim.Optimizer):
     Args:
         params: tables to optimize, named tables, or dicts that define parameter groups. Strided, real floating point
             (float32, float64, bfloat16, float16) tensors of any shape. Groups may set every option for themselves
-            but ``generator`` and ``backend``.
+            but ``generator``, ``backend`` and ``strict``.
         lr: learning rate, a number or a one-element tensor, read at each step; in (0, inf). A group or a scheduler
             may set it to 0: rows then keep their place while moments and step go on.
         betas: decay rates of the two moments, each in [0, 1).
@@ -90,6 +96,9 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dtype: ``torch.bfloat16`` or ``torch.uint8`` store the moments in 16 or 8 bits by stochastic rounding;
             None in the dtype they are computed in. The 8 bits are small floats relative to a scale for each 128
             elements of a row; ``docs/design.md`` describes them. Not with ``amsgrad``.
+        moment_device: ``"cpu"`` keeps the moments in the host's memory, for tables on a device that has no room for
+            them: touched rows come to the host to be updated. None keeps them beside their table. ``docs/gpu.md``
+            counts what travels.
         stochastic_rounding: round the weights of bfloat16 and float16 tables up or down at random, so that changes too
             small for the dtype add up. Not for others.
         generator: draws the seed of all stochastic rounding, when the optimizer is built; None takes PyTorch's default
@@ -98,10 +107,10 @@ class SparseAdam(torch.optim.Optimizer):
             written, or ``"adam"``: have PyTorch's own code update it as :class:`torch.optim.AdamW` does, fused where
             it can be, whatever ``backend`` says. It takes the group's ``lr``, ``betas``, ``eps``, ``maximize``,
             ``weight_decay`` (both modes mean the same to it) and ``amsgrad``; options that only rows can have
-            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``stochastic_rounding``, ``nonfinite="skip"``)
-            and ``torch_eps`` are refused when such a gradient comes. One parameter may have gradients of both kinds by
-            turns, as tied weights do: step and moments carry on. A step that follows one of the other kind converts
-            them, in time that grows with the table.
+            (``bias_correction``, ``second_moment``, ``moment_dtype``, ``moment_device``, ``stochastic_rounding``,
+            ``nonfinite="skip"``) and ``torch_eps`` are refused when such a gradient comes. One parameter may have
+            gradients of both kinds by turns, as tied weights do: step and moments carry on. A step that follows one of
+            the other kind converts them, in time that grows with the table.
         nonfinite: what to do about rows whose gradient, repeated rows summed, has an infinity or a NaN:
             ``"propagate"`` it as PyTorch does, raise an ``"error"`` before anything is written, or ``"skip"`` such
             rows, which stay as they were and are counted in ``state[table]["num_skipped"]``.
@@ -112,16 +121,31 @@ class SparseAdam(torch.optim.Optimizer):
             :meth:`catch_up`) and, before weights are read directly, :meth:`flush`; 8 bytes a touched row and the
             numbers of each step. Not with ``amsgrad``, ``moment_dtype``, ``bias_correction="row"`` or
             ``second_moment="row"``, and only with betas of which the first is below the root of the second.
+        moment_dir: a directory to keep the moments of tables in, in files, for moments larger than memory and for runs
+            that go on after they were killed: :meth:`checkpoint` commits tables and moments together. With a new or
+            empty directory the optimizer starts anew and commits what it is given; with one that has a commit it goes
+            on from there: tables of :func:`memory_mapped` are as of then already, parameters in memory and all states
+            are set to what they were, and seeds are taken over. Options that shape the state must be what they were;
+            ``lr`` and the others are those given now. None keeps moments in memory. See
+            ``docs/larger_than_memory.md``.
         torch_eps: add ``eps`` before bias correction, as :class:`torch.optim.SparseAdam` does: the effective ``eps`` is
             then ``eps / sqrt(1 - beta2**t)``. For runs that were begun with it.
-        backend: ``"native"`` (C++, CPU) or ``"reference"`` (PyTorch operations, any device); ``None`` takes, for each
-            table, the fastest one present that can update it. A named backend is used or refused, never replaced.
+        backend: ``"native"`` (C++, CPU), ``"triton"`` (CUDA and ROCm devices) or ``"reference"`` (PyTorch operations,
+            any device); ``None`` takes, for each table, the fastest one present that can update it. A named backend is
+            used or refused, never replaced.
+        strict: look whether all row numbers are inside their tables before anything is written, also where the host
+            has to wait for a device to know. Otherwise ``"triton"`` has a CUDA device assert it: a row outside its
+            table then is a device-side error, after which the device cannot be used, and not an ``IndexError``.
 
     Raises:
         ValueError: a number outside its range, options that exclude each other, an unknown ``backend``, or a sparse,
-            complex or integer table.
+            complex or integer table; or a ``moment_dir`` that is something else's, or whose commit was made with other
+            parameters or options.
         TypeError: an argument of the wrong type.
         ImportError: ``backend`` names one that this installation lacks; the message gives the reason.
+        FileNotFoundError: a file of ``moment_dir`` is gone, or the directory that it is to be in.
+        RuntimeError: ``moment_dir`` is in use by another process, or by another optimizer of this one.
+        OSError: the system refuses a file; the message has its reason.
 
     State:
         ``state[table]`` maps ``step`` (int), ``rows`` ``[num_slots]`` int64, and ``exp_avg`` and ``exp_avg_sq``
@@ -165,6 +189,8 @@ class SparseAdam(torch.optim.Optimizer):
     _steady_kinds: list[tuple[StateLayout, bool, bool]] | None = None
     _steady_dense: Sequence[DenseParameter] = ()
     _generator: torch.Generator | None = None
+    # Nor do a copy or a pickle keep their moments in the files of this one.
+    _directory: MomentDirectory | None = None
     _seed: int | None = None
 
     def __init__(
@@ -181,13 +207,16 @@ class SparseAdam(torch.optim.Optimizer):
         bias_correction: str = "table",
         second_moment: str = "element",
         moment_dtype: torch.dtype | None = None,
+        moment_device: str | None = None,
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
         dense_gradients: str = "error",
         nonfinite: str = "propagate",
         missed_steps: str = "skip",
+        moment_dir: str | os.PathLike[str] | None = None,
         torch_eps: bool = False,
         backend: str | None = None,
+        strict: bool = False,
     ) -> None:
         """Check all arguments; see the class for what they mean."""
         defaults = {
@@ -201,6 +230,7 @@ class SparseAdam(torch.optim.Optimizer):
             "bias_correction": bias_correction,
             "second_moment": second_moment,
             "moment_dtype": moment_dtype,
+            "moment_device": moment_device,
             "stochastic_rounding": stochastic_rounding,
             "dense_gradients": dense_gradients,
             "nonfinite": nonfinite,
@@ -209,17 +239,24 @@ class SparseAdam(torch.optim.Optimizer):
         }
         _validate.check_defaults(defaults)
         _validate.check_generator(generator)
+        _validate.check_moment_dir(moment_dir)
         update.check_backend(backend)
         self._backend = backend
+        self._strict = _validate.check_flag(strict, "strict")
         self._generator = generator
         # Groups are added one by one below; faults of all of them are then reported together.
         self._is_built = False
         super().__init__(params, defaults)
         _validate.check_parameters(self.param_groups)
+        self._check_mapped(self.param_groups, has_directory=moment_dir is not None)
+        if moment_dir is not None:
+            self._open_directory(moment_dir)
         self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does.
+
+        With a ``moment_dir``, all there is is committed with it.
 
         Args:
             param_group: ``params`` and, where they differ from the defaults, the group's options.
@@ -235,9 +272,71 @@ class SparseAdam(torch.optim.Optimizer):
             _validate.check_group(self.param_groups[-1], group_index)
             if self._is_built:
                 _validate.check_parameters(self.param_groups[-1:], group_index)
-        except (TypeError, ValueError):
+                self._check_mapped(self.param_groups[-1:], has_directory=self._directory is not None)
+                if self._directory is not None:
+                    kept = self._all_kept()
+                    self._directory.add([each for each in kept if each.place.group_index == group_index], kept)
+        except (TypeError, ValueError, OSError):
             del self.param_groups[-1]
             raise
+
+    def _check_mapped(self, groups: Sequence[Mapping[str, Any]], *, has_directory: bool) -> None:
+        """Refuse a memory-mapped table whose moments are in a directory that this optimizer does not have."""
+        mapped_tables = [mapped_table.find(table) for group in groups for table in group["params"]]
+        for mapped in mapped_tables:
+            if mapped is not None and not has_directory and mapped.pairing is not None:
+                raise _validate.unpaired_optimizer_error(mapped.path, mapped.pairing["path"])
+
+    def _open_directory(self, path: str | os.PathLike[str]) -> None:
+        """Go on from the last commit of a directory, or begin one."""
+        options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
+        kept = [Kept(place, table, None) for place, table in self._places()]
+        directory = MomentDirectory(path, kept, [options[each.place.group_index].layout for each in kept])
+        for number, state in directory.states.items():
+            table, place = kept[number].parameter, kept[number].place
+            if not isinstance(state, Moments):
+                state = dense.read_state(state, table, place, amsgrad=options[place.group_index].layout.amsgrad)
+            self.state[table] = state
+        directory.states.clear()
+        for group, seed in zip(self.param_groups, directory.seeds, strict=False):
+            if seed is not None and _validate.rounds_stochastically(group):
+                group[_validate.SEED] = seed
+        self._directory = directory
+
+    def _places(self) -> list[tuple[Place, Tensor]]:
+        """Return all parameters with their places; one that is listed twice has the first."""
+        places: dict[Tensor, Place] = {}
+        for group_index, group in enumerate(self.param_groups):
+            for position, table in enumerate(group["params"]):
+                places.setdefault(table, Place(group, group_index, position))
+        return [(place, table) for table, place in places.items()]
+
+    def _all_kept(self) -> list[Kept]:
+        """Return all parameters with what is kept for them, moments in the directory's files."""
+        all_kept = []
+        for place, table in self._places():
+            options = _validate.check_group(place.group, place.group_index)
+            state = self._kept(table, place, options)
+            if isinstance(state, Moments) and self._directory is not None:
+                state = self.state[table] = self._directory.keep(state, place)
+            all_kept.append(Kept(place, table, state))
+        return all_kept
+
+    def checkpoint(self) -> None:
+        """Commit tables, moments and all other state together, so that a run can go on from here.
+
+        For an optimizer with a ``moment_dir``. A process that is killed at any moment after, in the middle of a step or
+        of the next checkpoint too, leaves files from which :func:`memory_mapped` and a new optimizer, built with the
+        same arguments, come back to what is now. Memory-mapped tables and moments are written to the disk, of which
+        only pages that changed; parameters in memory, and the states of dense gradients, are saved whole.
+
+        Raises:
+            RuntimeError: the optimizer has no ``moment_dir``, or a table that changed under its moments.
+            OSError: the disk could not take it. The commit before stands, and the run can go on.
+        """
+        if self._directory is None:
+            raise _validate.no_directory_error()
+        self._directory.commit(self._all_kept())
 
     def _draw_seed(self, group: dict[str, Any]) -> None:
         """Give a group that rounds at random a seed, drawn once for all groups, which their places tell apart."""
@@ -259,6 +358,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Perform a single optimization step on every parameter that has a gradient.
 
         All gradients and options are checked before the first row is changed: a step that raises has changed nothing.
+        (Of row numbers see ``strict``.)
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -299,13 +399,54 @@ class SparseAdam(torch.optim.Optimizer):
     def _step_generally(self, options: list[GroupOptions]) -> None:
         updates, dense_updates = self._gather_updates(options)
         if updates:
-            update.update_rows(updates, self._backend)
+            self._before_steps(updates)
+            update.update_rows(updates, self._backend, strict=self._strict)
         for done in updates:
             self.state[done.table] = done.moments
             if replay.is_flush_due(done.moments):
-                replay.flush(done.table, done.moments, done.place, options[done.place.group_index], self._backend)
+                # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
+                with suppress(*((OSError,) if self._has_files() else ())):
+                    self._bring_up_to_date(done.table, done.moments, done.place, options[done.place.group_index])
         self._update_dense(dense_updates, options)
         self._list_for_steady_steps(options)
+
+    def _before_steps(self, updates: Sequence[RowUpdate]) -> None:
+        """See to files before the first row is written, having checked row numbers, which come first in errors too."""
+        in_files = [
+            each for each in updates if self._directory is not None or mapped_table.find(each.table) is not None
+        ]
+        for each in in_files:
+            update.check_range(each)
+        self._before_writing([Write(each.table, each.moments, update.touched_rows(each)) for each in in_files])
+
+    def _before_writing_all(self, table: Tensor, moments: Moments) -> None:
+        """Do as ``_before_writing`` does for all rows that bringing a table up to date can write, some at a time."""
+        history = moments.history
+        if history is not None and history.log_decay == 0.0:
+            for rows in torch.split(moments.rows, _ROWS_AT_ONCE):
+                self._before_writing([Write(table, moments, rows)])
+            return
+        for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
+            rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows))
+            self._before_writing([Write(table, moments, rows)])
+
+    def _before_writing(self, writes: Sequence[Write]) -> None:
+        """See to it that rows, and moments of theirs, can be written to files and taken back.
+
+        To be called before anything is written that tables or their moments have in files, with all that will be; for
+        others it does nothing.
+
+        Raises:
+            RuntimeError: rows were read before they had their initial values.
+            OSError: the disk has no room. Nothing of what is kept has been changed.
+        """
+        if self._directory is not None:
+            self._directory.before_writing(writes)
+            return
+        for write in writes:
+            mapped = mapped_table.find(write.table)
+            if mapped is not None:
+                mapped.before_writing(write.rows)
 
     def _update_dense(self, updates: list[DenseUpdate], options: list[GroupOptions]) -> None:
         for updated, _ in updates:
@@ -317,13 +458,19 @@ class SparseAdam(torch.optim.Optimizer):
             self.state[updated.parameter] = updated.state
 
     def _list_for_steady_steps(self, options: list[GroupOptions]) -> None:
-        if self._backend == "reference":
+        if self._backend == "reference" or self._has_files():
+            self._steady_step = None
             return
         groups = [group["params"] for group in self.param_groups]
         self._steady_dense = dense.list_parameters(self.param_groups, self.state, options)
         listed = {parameter.parameter for parameter in self._steady_dense}
         self._steady_step = update.list_tables(groups, self.state, listed)
         self._steady_kinds = _kinds(options)
+
+    def _has_files(self) -> bool:
+        """Whether steps must see to files before they write."""
+        tables = (table for group in self.param_groups for table in group["params"])
+        return self._directory is not None or any(mapped_table.find(table) is not None for table in tables)
 
     def _gather_updates(self, options: list[GroupOptions]) -> tuple[list[RowUpdate], list[DenseUpdate]]:
         """Collect the parameters that have a gradient, having checked all but row numbers; changes nothing."""
@@ -342,7 +489,7 @@ class SparseAdam(torch.optim.Optimizer):
                 check_gradient(table, grad, place)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
-                moments = self._fitting_moments(table, sparse_dim, place, options[group_index].layout)
+                moments = self._fitting_moments(table, sparse_dim, place, options[group_index])
                 check_values(values, num_lookups, moments.row_shape, place)
                 indices, values = indices.contiguous(), values.contiguous()
                 scalars = step_scalars(options[group_index], moments.step + 1)
@@ -351,42 +498,46 @@ class SparseAdam(torch.optim.Optimizer):
         return updates, dense_updates
 
     def _check_dense(self, parameter: Tensor, grad: Tensor, place: Place, options: GroupOptions) -> DenseUpdate:
+        mapped = mapped_table.find(parameter)
+        if mapped is not None:
+            raise _validate.mapped_dense_error(place, mapped.path)
         state = self.state.get(parameter)
         if isinstance(state, Moments):
-            state = self._fitting_moments(parameter, state.sparse_dim, place, options.layout)
+            state = self._fitting_moments(parameter, state.sparse_dim, place, options)
             if replay.has_rows_behind(state):
                 raise _validate.dense_behind_error(place)
         return dense.check_update(parameter, grad, state, place, options)
 
-    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, layout: StateLayout) -> Moments:
+    def _fitting_moments(self, table: Tensor, sparse_dim: int, place: Place, options: GroupOptions) -> Moments:
         """Return moments that fit a table: its own, regrouped, moved or read where need be, or new ones.
 
         They enter the state when their step is done.
         """
-        moments = self._moments_of(table, place, layout)
+        moments = self._moments_of(table, place, options)
+        device = options.device_of_moments(table)
         if moments is None:
-            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), table.device, layout)
+            moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), device, options.layout)
         if moments.dtype is not moment_dtype(table.dtype):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
-        if moments.device != table.device:
-            moments = moments.to_device(table.device)
+        if moments.device != device:
+            moments = moments.moved(device)
         if moments.sparse_dim != sparse_dim:
-            if moments.num_slots > 0 and not layout.is_elementwise:
+            if moments.num_slots > 0 and not options.layout.is_elementwise:
                 raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
             moments = moments.with_sparse_dim(sparse_dim)
-        return moments
+        return moments if self._directory is None else self._directory.keep(moments, place)
 
-    def _moments_of(self, table: Tensor, place: Place, layout: StateLayout) -> Moments | None:
+    def _moments_of(self, table: Tensor, place: Place, options: GroupOptions) -> Moments | None:
         """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
         state = self.state.get(table)
-        if not state:
-            return None
-        if isinstance(state, Moments):
+        if isinstance(state, Moments):  # whose length is not asked for: it can be on a device
             moments = state
+        elif not state:
+            return None
         else:  # a plain mapping put there from outside, as code that moves states between devices does
-            moments = checkpoint.read_state(state, table, place, layout, is_compact=False)
-        if moments.layout != layout:
-            raise _validate.layout_change_error(place, moments.layout, layout)
+            moments = checkpoint.read_state(state, table, place, options, is_compact=False)
+        if moments.layout != options.layout:
+            raise _validate.layout_change_error(place, moments.layout, options.layout)
         if moments.shape != table.shape:
             raise _validate.moment_shape_error(place, moments.shape, table.shape)
         return moments
@@ -396,7 +547,7 @@ class SparseAdam(torch.optim.Optimizer):
         state = self.state.get(param)
         if dense.keeps_state(state, param, options):
             return state
-        return self._moments_of(param, place, options.layout)
+        return self._moments_of(param, place, options)
 
     def attach(self, model: nn.Module) -> Hooks:
         """Have the rows of this optimizer's tables brought up to date whenever a model is about to read them.
@@ -448,6 +599,10 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_rows(rows, place)
         moments = self._kept(table, place, options)
         if isinstance(moments, Moments) and moments.history is not None:
+            if self._has_files():
+                _validate.check_row_range(rows, moments.num_rows, place)
+                behind = update.rows_behind(moments, torch.unique(rows))
+                self._before_writing([Write(table, moments, behind)])
             replay.catch_up(table, moments, rows, place, options, self._backend)
 
     def flush(self) -> None:
@@ -480,6 +635,8 @@ class SparseAdam(torch.optim.Optimizer):
             self.state[table] = moments
 
     def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
+        if self._has_files():
+            self._before_writing_all(table, moments)
         if options.layout.replays:
             replay.flush(table, moments, place, options, self._backend)
         else:
@@ -511,7 +668,11 @@ class SparseAdam(torch.optim.Optimizer):
         num_rows = param.numel() if kept is None else kept.num_rows if isinstance(kept, Moments) else len(param)
         _validate.check_row_range(rows, num_rows, place)
         if isinstance(kept, Moments):
-            kept.forget(torch.unique(rows.to(kept.device)))
+            rows = torch.unique(rows.to(kept.device))
+            if self._directory is not None:
+                kept = self._directory.keep(kept, place)
+                self._directory.before_forgetting(kept, rows)
+            kept.forget(rows)
             self.state[param] = kept
         elif kept is not None:
             dense.forget(kept, rows)
@@ -531,10 +692,12 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: ``param`` is not this optimizer's, or has no dimension to grow.
             TypeError: ``num_rows`` is not an int.
-            RuntimeError: ``param`` has a gradient, which would not fit.
+            RuntimeError: ``param`` has a gradient, which would not fit; or it or its moments are in files.
         """
         place = self._place_of(param)
         _validate.check_resize(param, num_rows, place)
+        if self._has_files():
+            raise _validate.resize_files_error(place)
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
         if isinstance(kept, Moments) and (kept.layout.owes_decay or kept.layout.replays):
@@ -704,12 +867,13 @@ class SparseAdam(torch.optim.Optimizer):
                 if dense.keeps_state(state, table, options):
                     read[table] = dense.read_state(state, table, place, amsgrad=options.layout.amsgrad)
                 else:
-                    read[table] = checkpoint.read_state(state, table, place, options.layout, is_compact=is_compact)
+                    moments = checkpoint.read_state(state, table, place, options, is_compact=is_compact)
+                    read[table] = moments if self._directory is None else self._directory.keep(moments, place)
         return read
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the backend's name along with what PyTorch keeps."""
-        own = {"_backend": self._backend, "_is_built": self._is_built, "_seed": self._seed}
+        own = {"_backend": self._backend, "_strict": self._strict, "_is_built": self._is_built, "_seed": self._seed}
         return super().__getstate__() | own
 
 

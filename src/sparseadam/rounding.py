@@ -18,17 +18,17 @@ BLOCK_SIZE = 128
 EXP_AVG, EXP_AVG_SQ, TABLE, MISSED_STEPS = range(4)
 
 _MANTISSA_BITS = 3
-_EXP_AVG_EXPONENT_BITS, _EXP_AVG_SQ_EXPONENT_BITS = 4, 5
-_SMALLEST_SCALE = 1e-36
+EXP_AVG_EXPONENT_BITS, EXP_AVG_SQ_EXPONENT_BITS = 4, 5
+SMALLEST_SCALE = 1e-36
 _MASK64, _MASK32 = 2**64 - 1, 2**32 - 1
-_GOLDEN64, _GOLDEN32 = 0x9E3779B97F4A7C15, 0x9E3779B9
-_MIX64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+GOLDEN64, GOLDEN32 = 0x9E3779B97F4A7C15, 0x9E3779B9
+MIX64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def _mix64(z: int) -> int:
     """SplitMix64's finaliser (Steele, Lea & Flood, 2014) of a number below 2**64."""
-    z = ((z ^ (z >> 30)) * _MIX64[0]) & _MASK64
-    z = ((z ^ (z >> 27)) * _MIX64[1]) & _MASK64
+    z = ((z ^ (z >> 30)) * MIX64[0]) & _MASK64
+    z = ((z ^ (z >> 27)) * MIX64[1]) & _MASK64
     return z ^ (z >> 31)
 
 
@@ -43,9 +43,15 @@ def _shifted(z: Tensor, count: int) -> Tensor:
 
 
 def _mix64_each(z: Tensor) -> Tensor:
-    z = (z ^ _shifted(z, 30)) * _signed(_MIX64[0])
-    z = (z ^ _shifted(z, 27)) * _signed(_MIX64[1])
+    z = (z ^ _shifted(z, 30)) * _signed(MIX64[0])
+    z = (z ^ _shifted(z, 27)) * _signed(MIX64[1])
     return z ^ _shifted(z, 31)
+
+
+def step_key(seed: int, stream: int, step: int) -> int:
+    """Return what the random bits of a table's step are derived from: 64 bits, as a signed number."""
+    table_key = _mix64((seed + GOLDEN64 * (stream + 1)) & _MASK64)
+    return _signed(_mix64((table_key + step) & _MASK64))
 
 
 def random_bits(seed: int, stream: int, step: int, rows: Tensor, what: int, width: int) -> Tensor:
@@ -60,14 +66,24 @@ def random_bits(seed: int, stream: int, step: int, rows: Tensor, what: int, widt
             them, or all that they were to be moved by.
         width: elements of a row.
     """
-    table_key = _mix64((seed + _GOLDEN64 * (stream + 1)) & _MASK64)
-    step_key = _mix64((table_key + step) & _MASK64)
-    row_keys = _shifted(_mix64_each((rows + 1) * _signed(_GOLDEN64) + _signed(step_key)), 32)
+    row_keys = _shifted(_mix64_each((rows + 1) * _signed(GOLDEN64) + step_key(seed, stream, step)), 32)
     elements = torch.arange(width, dtype=torch.int64, device=rows.device)
-    x = (row_keys[:, None] + _GOLDEN32 * ((4 * elements + what) & _MASK32)) & _MASK32
+    x = (row_keys[:, None] + GOLDEN32 * ((4 * elements + what) & _MASK32)) & _MASK32
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
     return x ^ (x >> 16)
+
+
+def element_bits(seed: int, rows: Tensor, width: int) -> Tensor:
+    """Return 32 random bits for each element of ``rows`` of a table, as int64 ``[len(rows), width]`` below 2**32.
+
+    A function of seed, row and element alone: SplitMix64's finaliser of a counter for the row's key and again for the
+    element, all in 64 bits, so that no two rows of a table of 10**9 are likely to be alike.
+    """
+    table_key = _signed(_mix64((seed + GOLDEN64) & _MASK64))
+    row_keys = _mix64_each((rows + 1) * _signed(GOLDEN64) + table_key)
+    elements = torch.arange(1, width + 1, dtype=torch.int64, device=rows.device)
+    return _shifted(_mix64_each(row_keys[:, None] + elements * _signed(GOLDEN64)), 32)
 
 
 def _bits_of(values: Tensor) -> Tensor:
@@ -111,12 +127,12 @@ def _top_exponent(exponent_bits: int) -> int:
     return int(2**exponent_bits) - 1
 
 
-_TOP = 2.0 - 2.0**-_MANTISSA_BITS
+TOP = 2.0 - 2.0**-_MANTISSA_BITS
 
 
 @cache
 def _units(exponent_bits: int, device: torch.device) -> Tensor:
-    """Return the values of all codes where the scale is ``_TOP``, float32."""
+    """Return the values of all codes where the scale is ``TOP``, float32."""
     top = _top_exponent(exponent_bits)
     values = []
     for code in range(2 ** (exponent_bits + _MANTISSA_BITS)):
@@ -136,13 +152,13 @@ def _block_scales(magnitudes: Tensor) -> Tensor:
     padded[:, :width] = magnitudes
     scales = padded.reshape(num_rows, num_blocks(width), BLOCK_SIZE).amax(2)  # a NaN among them is the largest
     scales = torch.where(scales.isfinite(), scales, torch.nan)
-    return torch.where(scales < _SMALLEST_SCALE, 0.0, scales)
+    return torch.where(scales < SMALLEST_SCALE, 0.0, scales)
 
 
 def _encode(magnitudes: Tensor, random: Tensor, exponent_bits: int) -> tuple[Tensor, Tensor]:
     """Return the codes of ``[num_rows, width]`` magnitudes, as int64, and their blocks' scales."""
     scales = _block_scales(magnitudes)
-    to_unit = _scale_of_each(torch.where(scales > 0, _TOP / scales, 0.0), magnitudes.shape[1])
+    to_unit = _scale_of_each(torch.where(scales > 0, TOP / scales, 0.0), magnitudes.shape[1])
     unit = torch.where(to_unit > 0, magnitudes * to_unit, 0.0)
     top = _top_exponent(exponent_bits)
     dropped = 23 - _MANTISSA_BITS
@@ -155,7 +171,7 @@ def _encode(magnitudes: Tensor, random: Tensor, exponent_bits: int) -> tuple[Ten
 def encode_exp_avg(values: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """Return uint8 codes of first moments ``[num_rows, width]`` and scales ``[num_rows, num_blocks]``."""
     values = values.to(torch.float32)
-    codes, scales = _encode(values.abs(), random, _EXP_AVG_EXPONENT_BITS)
+    codes, scales = _encode(values.abs(), random, EXP_AVG_EXPONENT_BITS)
     is_stored = _scale_of_each(scales, values.shape[1]) > 0
     return (codes + 128 * (values.signbit() & is_stored)).to(torch.uint8), scales
 
@@ -163,20 +179,20 @@ def encode_exp_avg(values: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 def decode_exp_avg(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the float32 first moments that codes ``[num_rows, width]`` stand for."""
     codes = codes.to(torch.int64)
-    units = _units(_EXP_AVG_EXPONENT_BITS, codes.device)[codes & 127]
-    magnitudes = units * _scale_of_each(scales / _TOP, codes.shape[1])
+    units = _units(EXP_AVG_EXPONENT_BITS, codes.device)[codes & 127]
+    magnitudes = units * _scale_of_each(scales / TOP, codes.shape[1])
     return torch.where(codes >= 128, -magnitudes, magnitudes)
 
 
 def encode_exp_avg_sq(values: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """Return uint8 codes of second moments and scales, as ``encode_exp_avg`` does; more than zero stays so."""
     values = values.to(torch.float32)
-    codes, scales = _encode(values, random, _EXP_AVG_SQ_EXPONENT_BITS)
+    codes, scales = _encode(values, random, EXP_AVG_SQ_EXPONENT_BITS)
     is_more = (values > 0) & (_scale_of_each(scales, values.shape[1]) > 0)
     return torch.maximum(codes, is_more.to(codes.dtype)).to(torch.uint8), scales
 
 
 def decode_exp_avg_sq(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the float32 second moments that codes ``[num_rows, width]`` stand for."""
-    units = _units(_EXP_AVG_SQ_EXPONENT_BITS, codes.device)[codes.to(torch.int64)]
-    return units * _scale_of_each(scales / _TOP, codes.shape[1])
+    units = _units(EXP_AVG_SQ_EXPONENT_BITS, codes.device)[codes.to(torch.int64)]
+    return units * _scale_of_each(scales / TOP, codes.shape[1])

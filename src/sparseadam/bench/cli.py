@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import math
 import sys
@@ -82,6 +83,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="measure this case only; may be repeated")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the tables are, and all that is compared; cuda is PyTorch's name for ROCm devices too (default: "
+        "cpu, whose aims are not shown for other devices)",
+    )
     parser.add_argument("--threads", type=_whole(1, 1024), help="threads of torch, which are ours (default: torch's)")
     parser.add_argument("--rounds", type=_whole(1, 100_000), help="rounds a case (default: what twenty seconds allow)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a case")
@@ -172,11 +180,16 @@ def run_bench(options: argparse.Namespace) -> None:
         BenchError: what the user can do something about.
     """
     require("rich")
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BenchError(
+            "PyTorch finds no CUDA or ROCm device; install a build of it that does, or measure without --device cuda."
+        )
     if options.plot is not None:
         require("matplotlib.figure")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    records = _measure_all(options.cases, options.rounds, options.json)
+    records = _measure_all(options.cases, options.rounds, options.json, device)
     _show(records)
     if options.csv is not None:
         write_csv(options.csv, records)
@@ -186,7 +199,9 @@ def run_bench(options: argparse.Namespace) -> None:
         draw(records, options.plot)
 
 
-def _measure_all(cases: Sequence[Case], num_rounds: int | None, json_path: Path | None) -> list[Record]:
+def _measure_all(
+    cases: Sequence[Case], num_rounds: int | None, json_path: Path | None, device: torch.device
+) -> list[Record]:
     """Measure one case after the other; what is done is in the file even if a later one fails."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -197,8 +212,8 @@ def _measure_all(cases: Sequence[Case], num_rounds: int | None, json_path: Path 
         task = progress.add_task("measuring", total=len(cases), case="")
         for case in cases:
             progress.update(task, case=case.name)
-            result = _measure(case, num_rounds, partial(_advance, progress, task, len(records)))
-            records.append(record_of(result, facts()))
+            result = _measure(case, num_rounds, partial(_advance, progress, task, len(records)), device)
+            records.append(record_of(result, facts(device)))
             if json_path is not None:
                 write_json_lines(json_path, records)
     return records
@@ -208,11 +223,14 @@ def _advance(progress: Progress, task: TaskID, num_done: int, share: float) -> N
     progress.update(task, completed=num_done + share)
 
 
-def _measure(case: Case, num_rounds: int | None, on_progress: Callable[[float], None]) -> Result:
+def _measure(case: Case, num_rounds: int | None, on_progress: Callable[[float], None], device: torch.device) -> Result:
+    if device.type != "cpu":  # what the cases are to reach was set for the CPU
+        case = dataclasses.replace(case, targets={})
     try:
-        return measure(case, num_rounds, on_progress)
+        return measure(case, num_rounds, on_progress, device=device)
     except (MemoryError, RuntimeError) as error:  # the latter is what torch raises when an allocation fails
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        is_other = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        if is_other and "allocate memory" not in str(error):
             raise
         raise BenchError(f"there is not enough memory for case {case.name}.") from None
 

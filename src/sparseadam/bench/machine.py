@@ -14,15 +14,18 @@ import torch
 from .. import __version__
 from ..update import Backend, backends
 
-
-def fastest_backend() -> Backend:
-    """Return the backend that is measured: the fastest one present."""
-    return next(backend for backend in backends() if backend.available)
+HOST = torch.device("cpu")
 
 
-def facts() -> dict[str, Any]:
+def fastest_backend(device: torch.device = HOST) -> Backend:
+    """Return the backend that is measured: the fastest one present for tables on ``device``."""
+    names = ("native", "reference") if device == HOST else ("triton", "reference")
+    return next(backend for backend in backends() if backend.available and backend.name in names)
+
+
+def facts(device: torch.device = HOST) -> dict[str, Any]:
     """Return what a result line says of its origin."""
-    backend = fastest_backend()
+    backend = fastest_backend(device)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sparseadam": __version__,
@@ -30,10 +33,15 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": processor(),
+        "device": "cpu" if device == HOST else f"{torch.cuda.get_device_name(device)}, {_driver()}",
         "threads": torch.get_num_threads(),
         "backend": backend.name,
         "backend_detail": backend.detail,
     }
+
+
+def _driver() -> str:
+    return f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
 
 
 def commit() -> str | None:
@@ -73,8 +81,10 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def available_bytes() -> int | None:
+def available_bytes(device: torch.device = HOST) -> int | None:
     """Return how much memory can still be taken without swapping, or None where the system does not say."""
+    if device != HOST:
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             for line in lines:

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..moments import moment_dtype
 from ..optimizer import SparseAdam
 from .cases import FLOOR, FUSED_STEP, FUSED_WITH_GRADIENT, TORCH_SPARSE, Case
+from .clock import laps
 from .errors import BenchError
-from .machine import available_bytes, fastest_backend
+from .machine import HOST, available_bytes, fastest_backend
 from .verify import verify
 from .workload import NUM_GRADIENTS, Workload
 
@@ -101,9 +102,7 @@ class SparseStep:
         gradient = self._workload.gradients[number % NUM_GRADIENTS]
         for table, sparse in zip(self._workload.tables, gradient.sparse, strict=True):
             table.grad = sparse
-        started = perf_counter()
-        self.optimizer.step()
-        seconds = perf_counter() - started
+        (seconds,) = laps(self._workload.device, self.optimizer.step)
         self._workload.clear_gradients()
         return {self.name: seconds}
 
@@ -126,14 +125,14 @@ class FusedAdam:
         """See :class:`Contender`."""
         gradient = self._workload.gradients[number % NUM_GRADIENTS]
         num_rows = self._workload.case.num_rows
-        started = perf_counter()
-        for table, rows, values in zip(self._workload.tables, gradient.rows, gradient.values, strict=True):
-            table.grad = torch.ops.aten.embedding_dense_backward(values, rows, num_rows, -1, False)
-        made = perf_counter()
-        self.optimizer.step()
-        done = perf_counter()
+
+        def make_gradients() -> None:
+            for table, rows, values in zip(self._workload.tables, gradient.rows, gradient.values, strict=True):
+                table.grad = torch.ops.aten.embedding_dense_backward(values, rows, num_rows, -1, False)
+
+        making, stepping = laps(self._workload.device, make_gradients, self.optimizer.step)
         self._workload.clear_gradients()
-        return {FUSED_STEP: done - made, FUSED_WITH_GRADIENT: done - started}
+        return {FUSED_STEP: stepping, FUSED_WITH_GRADIENT: making + stepping}
 
 
 class Copy:
@@ -141,21 +140,21 @@ class Copy:
 
     warm_up_steps = 2
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
         """Make the buffers, written once so that their pages are there."""
-        self._source = torch.ones(_COPY_BUFFER_BYTES, dtype=torch.uint8)
-        self._target = torch.ones(_COPY_BUFFER_BYTES, dtype=torch.uint8)
+        self._device = device
+        self._source = torch.ones(_COPY_BUFFER_BYTES, dtype=torch.uint8, device=device)
+        self._target = torch.ones(_COPY_BUFFER_BYTES, dtype=torch.uint8, device=device)
 
     def step(self, number: int) -> Seconds:
         """See :class:`Contender`."""
-        started = perf_counter()
-        self._target.copy_(self._source)
-        return {COPY: perf_counter() - started}
+        (seconds,) = laps(self._device, lambda: self._target.copy_(self._source))
+        return {COPY: seconds}
 
 
 def our_optimizer(workload: Workload) -> SparseAdam:
     """Return ours over the tables of ``workload``, with the fastest backend present."""
-    return SparseAdam(workload.tables, backend=fastest_backend().name)
+    return SparseAdam(workload.tables, backend=fastest_backend(workload.device).name)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -280,6 +279,7 @@ def measure(
     on_progress: Callable[[float], None] = lambda share: None,
     *,
     with_dense: bool = True,
+    device: torch.device = HOST,
 ) -> Result:
     """Verify and measure a case.
 
@@ -288,13 +288,14 @@ def measure(
         num_rounds: how many rounds; None takes what some twenty seconds allow.
         on_progress: told, after each round, which share of the rounds is done.
         with_dense: compare with a dense embedding, too.
+        device: where the tables are, and all that is compared.
 
     Raises:
         BenchError: the case does not fit in memory, or its result is wrong.
         UsageError: the file of row numbers does not do.
     """
-    left_out = _check_memory(case, with_dense)
-    workload = Workload(case)
+    left_out = _check_memory(case, with_dense, device)
+    workload = Workload(case, device=device)
     verify(workload)
     stepping: list[SparseStep | FusedAdam] = [SparseStep(OURS, our_optimizer(workload), workload)]
     if TORCH_SPARSE not in left_out:
@@ -302,7 +303,7 @@ def measure(
     if with_dense and FUSED_STEP not in left_out:
         stepping.append(FusedAdam(workload))
     stepping = [contender for contender in stepping if _can_step(contender, left_out)]
-    rounds = take_rounds([*stepping, Copy()], num_rounds, on_progress)
+    rounds = take_rounds([*stepping, Copy(device)], num_rounds, on_progress)
     sizes = {contender.name: state_bytes(contender.optimizer) for contender in stepping}
     return summarize(workload, rounds, sizes, left_out)
 
@@ -346,13 +347,13 @@ def ratios_to_ours(rounds: Sequence[Seconds]) -> dict[str, Spread]:
     return {name: spread_of([seconds[name] / seconds[OURS] for seconds in rounds]) for name in present}
 
 
-def _check_memory(case: Case, with_dense: bool) -> dict[str, str]:
+def _check_memory(case: Case, with_dense: bool, device: torch.device) -> dict[str, str]:
     """Say which contenders do not fit in memory beside ours and each other, and why.
 
     Raises:
         BenchError: not even ours fits.
     """
-    available = available_bytes()
+    available = available_bytes(device)
     if available is None:
         return {}
     needs = memory_needs(case)

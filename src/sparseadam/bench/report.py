@@ -150,8 +150,11 @@ HOW = (
 def origin(record: Record) -> str:
     """Say in a line what was measured where."""
     commit = f" ({record['commit']})" if record["commit"] else ""
+    device = record.get("device", "cpu")  # older files have none
+    on_device = "" if device == "cpu" else f"on {device}, "
     return (
         f"sparseadam {record['sparseadam']}{commit}, backend {record['backend']} ({record['backend_detail']}), "
+        f"{on_device}"
         f"torch {record['torch']}, Python {record['python']}, {record['processor']}, threads: {record['threads']}"
     )
 

@@ -28,31 +28,33 @@ def verify(workload: Workload) -> None:
     """
     for index in range(len(workload.tables)):
         _, rows = torch.unique(workload.gradients[0].rows[index][:_MAX_LOOKUPS], return_inverse=True)
-        if not _agrees(rows, workload.case.width, workload.case.dtype):
+        if not _agrees(rows.cpu(), workload.case.width, workload.case.dtype, workload.device):
             raise BenchError(
                 f"case {workload.case.name} was not timed: a step of sparseadam does not agree with "
                 "torch.optim.SparseAdam; please report this with the output of sparseadam.backends()."
             )
 
 
-def _agrees(rows: Tensor, width: int, dtype: torch.dtype) -> bool:
+def _agrees(rows: Tensor, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     num_rows = int(rows.max()) + 1
     start = (torch.randn(num_rows, width, generator=generator) * _LR).to(dtype)
     # PyTorch sums and updates half-precision tables in half precision: its float32 result is the one to agree with.
     wide = moment_dtype(dtype)
-    table, expected = nn.Parameter(start), nn.Parameter(start.to(wide, copy=True))
-    ours = SparseAdam([table], lr=_LR, torch_eps=True, backend=fastest_backend().name)
+    table, expected = nn.Parameter(start.to(device)), nn.Parameter(start.to(wide, copy=True))
+    ours = SparseAdam([table], lr=_LR, torch_eps=True, backend=fastest_backend(device).name)
     theirs: torch.optim.Optimizer = torch.optim.SparseAdam([expected], lr=_LR)
     for _ in range(2):
         # Eighths: they add up without rounding, so that the order of summation cannot show.
         values = torch.randint(-8, 9, (len(rows), width), generator=generator) / 8
-        table.grad = torch.sparse_coo_tensor(rows[None], values.to(dtype), start.shape, check_invariants=True)
+        sparse = torch.sparse_coo_tensor(rows[None], values.to(dtype), start.shape, check_invariants=True)
+        table.grad = sparse.to(device)
         expected.grad = torch.sparse_coo_tensor(rows[None], values.to(wide), start.shape, check_invariants=True)
         ours.step()
         theirs.step()
-    mine, reference = ours.state[table], theirs.state[expected]
-    return _is_close(table.detach().to(wide), expected.detach(), dtype) and all(
+    reference = theirs.state[expected]
+    mine = {name: ours.state[table][name].cpu() for name in ("rows", "exp_avg", "exp_avg_sq")}
+    return _is_close(table.detach().cpu().to(wide), expected.detach(), dtype) and all(
         _is_close(mine[name], reference[name][mine["rows"]], wide) for name in ("exp_avg", "exp_avg_sq")
     )
 

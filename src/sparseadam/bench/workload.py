@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..moments import moment_dtype
 from .cases import Case, row_source
+from .machine import HOST
 
 # Enough that a step does not find the rows of the last one still in cache, few enough to be held in memory.
 NUM_GRADIENTS = 8
@@ -55,14 +56,17 @@ class Workload:
     fit several times.
     """
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        """Draw everything from ``seed``."""
+    def __init__(self, case: Case, seed: int = 0, device: torch.device = HOST) -> None:
+        """Draw everything from ``seed``, the same for every device."""
         self.case = case
+        self.device = device
         # Before the tables are there: drawing takes much memory itself where tables are long.
-        self.gradients = _draw_gradients(case, seed)
+        self.gradients = _draw_gradients(case, seed, device)
         shape = (case.num_rows, case.width)
         # Written and not merely reserved, as an initialised embedding is.
-        self.tables = [nn.Parameter(torch.full(shape, 0.01, dtype=case.dtype)) for _ in range(case.num_tables)]
+        self.tables = [
+            nn.Parameter(torch.full(shape, 0.01, dtype=case.dtype, device=device)) for _ in range(case.num_tables)
+        ]
 
     def clear_gradients(self) -> None:
         """Leave no gradient behind on the tables."""
@@ -70,14 +74,15 @@ class Workload:
             table.grad = None
 
 
-def _draw_gradients(case: Case, seed: int) -> list[Gradient]:
+def _draw_gradients(case: Case, seed: int, device: torch.device) -> list[Gradient]:
     rows_of_table = [list(_draw_rows(case, seed + table)) for table in range(case.num_tables)]
     generator = torch.Generator().manual_seed(seed)
     gradients = []
     for rows in zip(*rows_of_table, strict=True):
         shape = (case.num_lookups, case.width)
         values = [torch.empty(shape, dtype=case.dtype).uniform_(-1, 1, generator=generator) for _ in rows]
-        gradients.append(make_gradient(case, list(rows), values))
+        drawn = [row.to(device) for row in rows], [value.to(device) for value in values]
+        gradients.append(make_gradient(case, *drawn))
     return gradients
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import _validate
-from . import native, reference
-from ._types import RowsRead, RowUpdate, StepScalars, step_scalars
-from .native import SteadyStep, report_writes
-from .reference import decay_untouched, pay_decay
+from . import host, native, reference, triton
+from ._in_place import report_writes
+from ._types import RowsRead, RowUpdate, StepScalars, layout_refusal, step_scalars
+from .native import SteadyStep
+from .reference import check_range, decay_untouched, pay_decay, rows_behind, touched_rows
 
 __all__ = [
     "BACKENDS",
@@ -29,17 +30,20 @@ __all__ = [
     "backends",
     "catch_up",
     "check_backend",
+    "check_range",
     "coalesce_rows",
     "decay_untouched",
     "list_tables",
     "pay_decay",
     "report_writes",
+    "rows_behind",
     "step_scalars",
+    "touched_rows",
     "update_rows",
 ]
 
-# Fastest first.
-BACKENDS = ("native", "reference")
+# Fastest first, each where it runs.
+BACKENDS = ("native", "triton", "reference")
 
 _warned_slow = False
 
@@ -57,13 +61,13 @@ def backends() -> list[Backend]:
 
     Example:
         >>> [backend.name for backend in backends()]
-        ['native', 'reference']
+        ['native', 'triton', 'reference']
     """
-    reason = native.missing_reason()
-    return [
-        Backend("native", reason is None, native.detail() if reason is None else reason),
-        Backend("reference", True, "PyTorch operations, any device"),
-    ]
+    found = []
+    for name, backend in (("native", native), ("triton", triton)):
+        reason = backend.missing_reason()
+        found.append(Backend(name, reason is None, backend.detail() if reason is None else reason))
+    return [*found, Backend("reference", True, "PyTorch operations, any device")]
 
 
 def check_backend(backend: str | None) -> None:
@@ -74,6 +78,10 @@ def check_backend(backend: str | None) -> None:
         ImportError: this installation lacks it; the message gives the reason.
     """
     _validate.check_backend_name(backend, BACKENDS)
+    if backend == "triton":
+        reason = triton.missing_reason()
+        if reason is not None:
+            raise _validate.missing_backend_error("triton", reason)
     reason = native.missing_reason()
     if reason is None:
         return
@@ -94,25 +102,42 @@ def _warn_slow(reason: str) -> None:
         )
 
 
-def update_rows(updates: Sequence[RowUpdate], backend: str | None) -> None:
+def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bool) -> None:
     """Update every table, each by the named backend or by the fastest that can.
 
-    All that can be wrong is found before anything is written.
+    All that can be wrong is found before anything is written, but for rows outside a table on a CUDA device, which
+    fail an assertion there unless ``strict``.
 
     Raises:
         IndexError: an index outside its table.
         RuntimeError: the named backend cannot update a table; the message says why.
     """
-    native_updates: list[RowUpdate] = []
-    reference_updates: list[RowUpdate] = []
+    updates_of: dict[str, list[RowUpdate]] = {name: [] for name in BACKENDS}
+    visits = []
     for update in updates:
-        uses_native = _uses_native(update, backend)
-        (native_updates if uses_native else reference_updates).append(update)
-    reference.check_rows(reference_updates)
-    if native_updates:
-        native.update_rows(native_updates)
-    if reference_updates:
-        reference.update_rows(reference_updates)
+        if host.is_apart(update):
+            if backend == "triton":
+                reason = f"its kernels need the moments beside the table, and they are on {update.moments.device}"
+                raise _validate.backend_error(update.place, "triton", reason)
+            refusal = layout_refusal(update.moments.layout)
+            if refusal is not None:
+                raise _validate.host_moments_error(update.place, refusal)
+            if update.num_lookups == 0:  # counts a step and moves nothing
+                updates_of["reference"].append(update)
+                continue
+            visits.append(host.fetch_rows(update))
+            update = visits[-1].update
+        updates_of[_choose(update, backend)].append(update)
+    summed = reference.check_rows(updates_of["reference"])
+    touched = triton.check_rows(updates_of["triton"], strict=strict)
+    if updates_of["native"]:
+        native.update_rows(updates_of["native"])
+    if updates_of["triton"]:
+        triton.update_rows(touched, updates_of["triton"])
+    if updates_of["reference"]:
+        reference.update_rows(updates_of["reference"], summed)
+    for visit in visits:
+        host.bring_back(visit)
     for update in updates:
         if update.moments.history is not None:
             update.moments.history.append(update.scalars)
@@ -154,10 +179,17 @@ def coalesce_rows(
     return reference.coalesce_rows(indices, values, sparse_shape, dtype)
 
 
-def _uses_native(update: RowUpdate, backend: str | None) -> bool:
-    if backend == "reference" or native.module() is None:
-        return False
-    reason = native.prepare(update)
-    if reason is not None and backend == "native":
-        raise _validate.backend_error(update.place, "native", reason)
-    return reason is None
+def _choose(update: RowUpdate, backend: str | None) -> str:
+    """Return the backend that updates a table, which is made ready for it."""
+    for name, candidate, is_there in (
+        ("native", native, native.module() is not None),
+        # Triton's interpreter only ever runs where it is named.
+        ("triton", triton, update.table.device.type == "cuda" and triton.missing_reason() is None),
+    ):
+        if backend == name or (backend is None and is_there):
+            reason = candidate.prepare(update)
+            if reason is None:
+                return name
+            if backend == name:
+                raise _validate.backend_error(update.place, name, reason)
+    return "reference"

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .._validate import GroupOptions, Place
-from ..moments import Moments
+from ..moments import Moments, StateLayout
 
 # How backends are told what to do about rows whose gradient is not finite.
 NONFINITE = {"propagate": 0, "error": 1, "skip": 2}
+
+# Rows that an error about them names.
+ROWS_NAMED = 5
 
 
 class StepScalars(NamedTuple):
@@ -42,6 +45,16 @@ class StepScalars(NamedTuple):
     seed: int
     step: int
     nonfinite: int
+
+
+# What of a state's layout is kept on devices, and on the host for them.
+LAYOUT_ON_DEVICES = frozenset({"stored_dtype", "one_exp_avg_sq_a_row", "amsgrad", "row_steps", "owes_decay"})
+
+
+def layout_refusal(layout: StateLayout) -> str | None:
+    """Say what of a state's layout only the native and the reference backend keep, or None where there is nothing."""
+    unknown = [name for name in layout._fields if name not in LAYOUT_ON_DEVICES and getattr(layout, name)]
+    return f"it does not keep what the state has of {', '.join(unknown)}" if unknown else None
 
 
 class RowUpdate(NamedTuple):

@@ -8,7 +8,6 @@ what it updates in place: strided CPU memory of a dtype it knows, each row's ele
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -20,10 +19,8 @@ from torch import Tensor
 
 from .. import _validate
 from ..moments import Moments, StateLayout, moment_dtype
+from ._in_place import report_writes, row_stride, stride_refusal
 from ._types import RowsRead, RowUpdate
-
-# Whether this torch takes the tables that were written all at once; older ones take one.
-_TAKES_LISTS = "Iterable" in str(inspect.signature(torch.autograd.graph.increment_version))
 
 # Rows and lookups up to here always fit the native index type; beyond, the module is asked.
 _ALWAYS_FITS = 2**31
@@ -97,12 +94,7 @@ def _table_refusal(table: Tensor, moments: Moments) -> str | None:
         return f"it runs on the CPU, and the table is on {table.device}"
     if _element_type(table.dtype) not in _module().element_types():
         return f"this build has no {table.dtype} kernel"
-    if _row_stride(table, moments) is None:
-        return (
-            "the elements of a row must be adjacent in memory and its rows evenly spaced, and the table has shape "
-            f"{list(table.shape)} with strides {list(table.stride())}; .contiguous() makes such a table"
-        )
-    return None
+    return stride_refusal(table, moments)
 
 
 def update_rows(updates: Sequence[RowUpdate]) -> None:
@@ -130,7 +122,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
         update = updates[table_index]
         if bad_index is None:
             error = _validate.behind_error if are_behind else _validate.nonfinite_error
-            raise error(update.place, refused_rows)
+            raise error(update.place, update.moments.names_of(torch.tensor(refused_rows)).tolist())
         raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
     report_writes([update.table for update in updates if update.num_lookups > 0])
 
@@ -193,6 +185,22 @@ def coalesce_rows(
     return rows, sums
 
 
+def initial_values(distribution: str, scale: float, seed: int, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return the values of ``rows``, int64 and contiguous, that ``initial.py`` describes, in float32 or float64."""
+    values = torch.empty((len(rows), width), dtype=dtype)
+    _module().initial_values(
+        distribution=distribution,
+        scale=scale,
+        seed=seed,
+        rows=rows.data_ptr(),
+        num_rows=len(rows),
+        width=width,
+        element_type=_element_type(dtype),
+        values=values.data_ptr(),
+    )
+    return values
+
+
 def can_coalesce(indices: Tensor, values: Tensor, sparse_shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether native code can sum these lookups in ``dtype``."""
     return (
@@ -201,15 +209,6 @@ def can_coalesce(indices: Tensor, values: Tensor, sparse_shape: Sequence[int], d
         and dtype is moment_dtype(values.dtype)
         and _module().fits(math.prod(sparse_shape), indices.shape[1])
     )
-
-
-def report_writes(tables: list[Tensor]) -> None:
-    """Tell autograd of writes past it: a stale graph is then caught in backward(), as after any in-place operation."""
-    if _TAKES_LISTS:
-        torch.autograd.graph.increment_version(tables)
-        return
-    for table in tables:
-        torch.autograd.graph.increment_version(table)
 
 
 class SteadyStep:
@@ -303,7 +302,7 @@ def _make_handle(update: RowUpdate | RowsRead) -> object:
     parts = moments.whole_memory()
     return _module().Table(
         table=table.data_ptr(),
-        table_stride=_row_stride(table, moments),
+        table_stride=row_stride(table, moments),
         element_type=_element_type(table.dtype),
         sparse_shape=list(table.shape[: moments.sparse_dim]),
         width=moments.width,
@@ -313,6 +312,7 @@ def _make_handle(update: RowUpdate | RowsRead) -> object:
         rows=parts["rows"].data_ptr(),
         stochastic_rounding=update.stochastic_rounding,
         stream=update.place.stream,
+        row_names=0 if moments.row_names is None else moments.row_names.data_ptr(),
     )
 
 
@@ -337,24 +337,3 @@ def _moment_memory(layout: StateLayout, parts: Mapping[str, Tensor]) -> object:
         weight_steps=address("weight_steps"),
         clock_stride=parts["moment_steps"].stride(0) if "moment_steps" in parts else 0,
     )
-
-
-def _row_stride(table: Tensor, moments: Moments) -> int | None:
-    """Return the distance from row to row in elements, or None where rows cannot be walked by one stride."""
-    sparse_dim = moments.sparse_dim
-    if table.is_contiguous():
-        return moments.width
-    if not _is_dense(table.shape[sparse_dim:], table.stride()[sparse_dim:], 1):
-        return None
-    stride = table.stride(sparse_dim - 1) if sparse_dim > 0 else moments.width
-    return stride if _is_dense(table.shape[:sparse_dim], table.stride()[:sparse_dim], stride) else None
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int], innermost: int) -> bool:
-    """Whether dimensions follow each other row-major, the last one in steps of ``innermost``."""
-    expected = innermost
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True

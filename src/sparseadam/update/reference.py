@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,37 +18,50 @@ from .. import _validate, rounding
 from .._validate import Place
 from ..history import BETA1, BETA2, EPS, LOG_BETA1, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
 from ..moments import Moments, StateLayout
-from ._types import NONFINITE, RowsRead, RowUpdate, StepScalars, bias_corrections
+from ._types import NONFINITE, ROWS_NAMED, RowsRead, RowUpdate, StepScalars, bias_corrections
 
-# Rows that an error names.
-_ROWS_NAMED = 5
 _ROWS_AT_ONCE = 1 << 16
 
 
-def check_rows(updates: Sequence[RowUpdate]) -> None:
+class SummedRows(NamedTuple):
+    """The touched rows of a table, ascending, int64 ``[num_touched]``, and their gradients, ``[num_touched, ...]``."""
+
+    rows: Tensor
+    grad: Tensor
+
+
+@torch.no_grad()
+def check_rows(updates: Sequence[RowUpdate]) -> list[SummedRows | None]:
     """Refuse an index outside its table, rows that are behind, and what is not finite where that is asked for.
+
+    Returns:
+        For each update, its sums if they had to be looked at.
 
     Raises:
         IndexError: naming the first table with a bad index, and the index.
         RuntimeError: naming the first rows of a table that are behind, or whose summed gradient is not finite.
     """
     for update in updates:
-        _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
+        check_range(update)
     for update in updates:
         if update.moments.history is not None:
-            rows = torch.unique(_flat_rows(update.indices, update.table.shape[: update.moments.sparse_dim]))
-            behind = _rows_behind(update.moments, rows)
+            behind = rows_behind(update.moments, touched_rows(update))
             if len(behind) > 0:
-                raise _validate.behind_error(update.place, behind[:_ROWS_NAMED].tolist())
-    for update in updates:
-        if update.scalars.nonfinite == NONFINITE["error"] and update.num_lookups > 0:
-            rows, grad = _summed(update)
-            bad = rows[~_is_finite(grad)]
-            if len(bad) > 0:
-                raise _validate.nonfinite_error(update.place, bad[:_ROWS_NAMED].tolist())
+                raise _validate.behind_error(update.place, behind[:ROWS_NAMED].tolist())
+    return [_check_finite(update) if update.num_lookups > 0 else None for update in updates]
 
 
-def _flat_rows(indices: Tensor, sparse_shape: Sequence[int]) -> Tensor:
+def _check_finite(update: RowUpdate) -> SummedRows | None:
+    if update.scalars.nonfinite != NONFINITE["error"]:
+        return None
+    summed = _summed(update)
+    bad = summed.rows[~_is_finite(summed.grad)]
+    if len(bad) > 0:
+        raise _validate.nonfinite_error(update.place, update.moments.names_of(bad[:ROWS_NAMED]).tolist())
+    return summed
+
+
+def flatten_indices(indices: Tensor, sparse_shape: Sequence[int]) -> Tensor:
     """Return the row of each lookup."""
     rows = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
     for size, index in zip(sparse_shape, indices, strict=True):
@@ -64,16 +78,31 @@ def coalesce_rows(
         The touched rows, ascending, ``[num_touched]``, and their gradients ``[num_touched, *row_shape]`` in ``dtype``.
     """
     # Tensor.coalesce() would do, but it takes a gradient's word for being coalesced and sums in an order of its own.
-    rows, order = torch.sort(_flat_rows(indices, sparse_shape), stable=True)
+    rows, order = torch.sort(flatten_indices(indices, sparse_shape), stable=True)
     touched, counts = torch.unique_consecutive(rows, return_counts=True)
     lookups_by_row = values[order].to(dtype).reshape(len(rows), -1)
     grad = torch.segment_reduce(lookups_by_row, "sum", lengths=counts, axis=0)
     return touched, grad.reshape(len(touched), *values.shape[1:])
 
 
-def _summed(update: RowUpdate) -> tuple[Tensor, Tensor]:
+def touched_rows(update: RowUpdate) -> Tensor:
+    """Return the rows that an update names, ascending, int64 ``[num_touched]``; their range has been checked."""
+    rows: Tensor = torch.unique(flatten_indices(update.indices, update.table.shape[: update.moments.sparse_dim]))
+    return rows
+
+
+def check_range(update: RowUpdate) -> None:
+    """Refuse an index outside its table.
+
+    Raises:
+        IndexError: naming the first one.
+    """
+    _validate.check_indices(update.indices, update.table.shape[: update.moments.sparse_dim], update.place)
+
+
+def _summed(update: RowUpdate) -> SummedRows:
     sparse_shape = update.table.shape[: update.moments.sparse_dim]
-    return coalesce_rows(update.indices, update.values, sparse_shape, update.moments.dtype)
+    return SummedRows(*coalesce_rows(update.indices, update.values, sparse_shape, update.moments.dtype))
 
 
 def _is_finite(grad: Tensor) -> Tensor:
@@ -82,23 +111,37 @@ def _is_finite(grad: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_rows(updates: Sequence[RowUpdate]) -> None:
-    """Update the touched rows of each table, their moments and counters in place; ``check_rows`` has passed."""
-    for update in updates:
+def update_rows(updates: Sequence[RowUpdate], summed: Sequence[SummedRows | None]) -> None:
+    """Update the touched rows of each table, their moments and counters in place; ``check_rows`` gave the sums."""
+    for update, known in zip(updates, summed, strict=True):
         if update.num_lookups > 0:
-            _update_table(update)
+            _update_table(update, known or _summed(update))
         update.moments.step += 1
         update.moments.log_decay += update.scalars.log_decay
 
 
-def _update_table(update: RowUpdate) -> None:
+def _update_table(update: RowUpdate, summed: SummedRows) -> None:
     moments, scalars = update.moments, update.scalars
-    rows, grad = _summed(update)
+    rows, grad = summed
     if scalars.nonfinite == NONFINITE["skip"]:
         is_finite = _is_finite(grad)
         moments.num_skipped += len(rows) - int(is_finite.sum())
         rows, grad = rows[is_finite], grad[is_finite]
-    slots = moments.claim_slots(rows)
+    update_slots(update, moments.claim_slots(rows), SummedRows(rows, grad))
+
+
+def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
+    """Update in place the touched rows of a table whose slots are known, and their moments.
+
+    No shape here depends on what a tensor holds, so the rule can be traced on the ``meta`` device.
+
+    Args:
+        update: of its parts the lookups are not read.
+        slots: int64 ``[num_touched]``.
+        summed: the rows and their summed gradients.
+    """
+    moments, scalars = update.moments, update.scalars
+    rows, grad = summed
     step_size, root_scale = _row_corrections(moments, slots, scalars)
 
     exp_avg = moments.read("exp_avg", slots).mul_(scalars.beta1).add_(grad * scalars.one_minus_beta1)
@@ -164,7 +207,8 @@ def _bits_for(layout: StateLayout, update: RowUpdate, rows: Tensor, what: int) -
 
 def _random_bits(update: RowUpdate, rows: Tensor, what: int) -> Tensor:
     scalars = update.scalars
-    return rounding.random_bits(scalars.seed, update.place.stream, scalars.step, rows, what, update.moments.width)
+    names = update.moments.names_of(rows)
+    return rounding.random_bits(scalars.seed, update.place.stream, scalars.step, names, what, update.moments.width)
 
 
 def _decayed(weights: Tensor, decay: Tensor) -> Tensor:
@@ -193,7 +237,7 @@ def _write_table(
 # Missed steps ---------------------------------------------------------------------------------------
 
 
-def _rows_behind(moments: Moments, rows: Tensor) -> Tensor:
+def rows_behind(moments: Moments, rows: Tensor) -> Tensor:
     """Return which of ``rows`` (distinct, inside the table) have missed steps that move them."""
     assert moments.history is not None, "only where missed steps are replayed"
     slots = moments.slot_of_row[rows].to(torch.int64) - 1
@@ -215,7 +259,7 @@ def catch_up(read: RowsRead) -> None:
     """
     moments = read.moments
     _validate.check_row_range(read.rows, moments.num_rows, read.place)
-    rows = _rows_behind(moments, torch.unique(read.rows))
+    rows = rows_behind(moments, torch.unique(read.rows))
     if len(rows) == 0:
         return
     slots = moments.claim_slots(rows)
@@ -292,11 +336,12 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
     if moments.log_decay == 0.0:
         return
     for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
-        rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device=table.device)
+        rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device=moments.device)
         slots = moments.slot_of_row[rows].to(torch.int64) - 1
-        paid = torch.zeros(len(rows), dtype=torch.float64, device=table.device)
+        paid = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         paid[slots >= 0] = moments["paid_log_decay"][slots[slots >= 0]]
-        decay = (moments.log_decay - paid).exp().to(moments.dtype)
+        decay = (moments.log_decay - paid).exp().to(table.device, moments.dtype)
+        rows = rows.to(table.device)
         random = None
         if stochastic_rounding:
             random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width)

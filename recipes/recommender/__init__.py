@@ -1,0 +1,1 @@
+"""Recommendations from what customers bought, by tables whose rows are shared out over processes."""
