@@ -28,19 +28,12 @@ from recipes.word_vectors.comparison import Contender  # noqa: E402
 from recipes.word_vectors.corpus import read_corpus  # noqa: E402
 from recipes.word_vectors.errors import RecipeError  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINES_OF_SLICE = 3000
 SETTINGS = ["--dim", "16", "--batch", "512", "--lr", "0.05", "--steps", "40"]
 JUDGED_PAIRS = [("animal", "plant", 5.0), ("person", "animal", 4.0), ("person", "water", 1.0)]
 BY_NAME = {variant.name: variant for variant in variants.TIMED}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Keep to one thread: steps this small only wait for a second one, long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,10 @@ from recipes.word_vectors.corpus import Batch, BatchStream, Corpus  # noqa: E402
 from recipes.word_vectors.errors import RecipeError  # noqa: E402
 from recipes.word_vectors.model import SkipGram  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINES_OF_SLICE = 3000
 SMALL = ["--dim", "16", "--batch", "512", "--rounds", "2", "--words", "animal,person"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Keep to one thread: steps this small only wait for a second one, long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
