@@ -7,12 +7,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .methods import DENSE
+from .methods import DENSE, METHODS
 from .results import Results, relative_differences
 
 DOTS_PER_INCH = 110
 # Dark enough to read on white, in the order of METHODS.
 PALETTE = "#4d4d4d #2a7a2a #1f5fa8 #b3202c #e08a1e".split()
+COLORS = {method.name: color for method, color in zip(METHODS, PALETTE, strict=True)}
 AIM = 0.005  # how far from dense Adam's a loss may be
 
 
@@ -21,7 +22,7 @@ def draw(all_results: Sequence[Results], path: Path) -> None:
     figure = Figure(figsize=(14, 3.6 * len(all_results) + 0.5), layout="constrained")
     rows = figure.subplots(len(all_results), 3, squeeze=False)
     for results, (loss_axes, difference_axes, judgement_axes) in zip(all_results, rows, strict=True):
-        colors = dict(zip(results.methods(), PALETTE, strict=False))
+        colors = {name: COLORS[name] for name in results.methods()}
         rate = results.best_rate(DENSE.name)
         _draw_losses(loss_axes, results, colors, rate)
         _draw_differences(difference_axes, results, colors)
