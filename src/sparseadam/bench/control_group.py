@@ -13,7 +13,7 @@ from .errors import BenchError
 class ControlGroup:
     """A memory control group of version 1 or 2, which differ in names only."""
 
-    def __init__(self, path: Path, *, is_first_version: bool) -> None:
+    def __init__(self, path: Path, is_first_version: bool) -> None:
         """Stand for the group at ``path``."""
         self.path = path
         self.is_first_version = is_first_version
