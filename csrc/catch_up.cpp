@@ -34,12 +34,12 @@ struct Workspace {
 
 class Call {
  public:
-  Call(RowsRead& read, const MissedSteps& missed, InstructionSet instruction_set, Workspace& workspace)
-      : read_(read), table_(*read.table), missed_(missed), workspace_(workspace), lookups_(workspace.lookups) {
+  Call(RowsRead& read, InstructionSet instruction_set, Workspace& workspace)
+      : read_(read), table_(*read.table), workspace_(workspace), lookups_(workspace.lookups) {
     const uint64_t key = step_key(read.seed, table_.stream, static_cast<uint64_t>(read.history.step()));
     memory_ = {
         table_.table, table_.table_stride, table_.moments, table_.stochastic_rounding, nullptr, table_.width, key, 0.0,
-        nullptr,      read.history,        &missed};
+        nullptr,      read.history};
     catch_up_rows_ = catch_up_rows_for(table_.element, table_.stochastic_rounding, instruction_set);
   }
 
@@ -103,7 +103,7 @@ class Call {
       ++num_behind;
     });
     workspace_.num_new_rows[partition] = num_new_rows;
-    catch_up_rows_(memory_, missed_, {thread.rows.data(), thread.slots.data(), num_behind}, thread.weights.data());
+    catch_up_rows_(memory_, {thread.rows.data(), thread.slots.data(), num_behind}, thread.weights.data());
   }
 
   // Turns each partition's count of new rows into its first new slot; returns whether there are any.
@@ -130,12 +130,11 @@ class Call {
       table_.rows[first_slot + r] = row;
       write_slot(table_, row, first_slot + r);
     }
-    catch_up_rows_(memory_, missed_, {thread.rows.data(), thread.slots.data(), count}, thread.weights.data());
+    catch_up_rows_(memory_, {thread.rows.data(), thread.slots.data(), count}, thread.weights.data());
   }
 
   RowsRead& read_;
   const Table& table_;
-  const MissedSteps& missed_;
   Workspace& workspace_;
   Partitioning& lookups_;
   TableMemory memory_{};
@@ -145,13 +144,13 @@ class Call {
 
 }  // namespace
 
-BadIndex catch_up(RowsRead& read, MissedSteps& missed, InstructionSet instruction_set, int max_threads) {
-  missed.advance(read.history);
+BadIndex catch_up(RowsRead& read, InstructionSet instruction_set, int max_threads) {
+  read.history.missed->advance(read.history);
   if (read.num_rows_read == 0) return {};
   Borrowed<Workspace> workspace;
   const int64_t row_bytes = read.table->width * element_bytes(read.table->element);
   const int num_threads = threads_for(read.num_rows_read * row_bytes, max_threads);
-  Call call(read, missed, instruction_set, *workspace);
+  Call call(read, instruction_set, *workspace);
   call.plan(num_threads);
   BadIndex bad;
   auto run = [&](Team& team) { bad = call.run(team); };

@@ -38,9 +38,8 @@ class Replay {
   using Element = TableElement;
   using Moment = MomentElement;
 
-  Replay(const TableMemory& memory, const MissedSteps& missed, Moment* scratch)
+  Replay(const TableMemory& memory, Moment* scratch)
       : memory_(memory),
-        missed_(missed),
         steps_(memory.history.steps),
         last_(memory.history.steps[memory.history.num_steps]),
         weights_(scratch),
@@ -105,7 +104,7 @@ class Replay {
 
   SPARSEADAM_INLINE void move_weights(int64_t begin, const Moment* exp_avg, const Moment* exp_avg_sq,
                                       MomentScales scales) const {
-    const MissedSums& sums = missed_.at(begin);
+    const MissedSums& sums = memory_.history.missed->at(begin);
     // What the sums leave out: the decay of the steps after the last one that they take in, and the moment's scale.
     const double factor = decay_since(sums.log_decay) * scales.first;
     const double tolerated = kTolerance<Moment> * sums.powers[0];
@@ -225,7 +224,6 @@ class Replay {
   }
 
   const TableMemory& memory_;
-  const MissedSteps& missed_;
   const StepNumbers* steps_;
   const StepNumbers& last_;
   // Of the row that is being moved.
@@ -236,9 +234,8 @@ class Replay {
 };
 
 template <class Rows>
-SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const MissedSteps& missed, const RowList& list,
-                                     void* scratch) {
-  const Rows rows(memory, missed, static_cast<typename Rows::Moment*>(scratch));
+SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const RowList& list, void* scratch) {
+  const Rows rows(memory, static_cast<typename Rows::Moment*>(scratch));
   const int64_t ahead = prefetch_distance(static_cast<int64_t>(sizeof(typename Rows::Element)) * memory.width);
   for (int64_t r = 0; r < list.num_rows; ++r) {
     if (r + ahead < list.num_rows) rows.prefetch_row(list.rows[r + ahead], list.slots[r + ahead]);
@@ -247,11 +244,10 @@ SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const MissedStep
 }
 
 // One function per kind of table, for one instruction set.
-#define SPARSEADAM_VARIANT(SET, TARGET)                                                                      \
-  template <class Rows>                                                                                      \
-  TARGET void catch_up_rows_##SET(const TableMemory& memory, const MissedSteps& missed, const RowList& list, \
-                                  void* scratch) {                                                           \
-    catch_up_rows<Rows>(memory, missed, list, scratch);                                                      \
+#define SPARSEADAM_VARIANT(SET, TARGET)                                                            \
+  template <class Rows>                                                                            \
+  TARGET void catch_up_rows_##SET(const TableMemory& memory, const RowList& list, void* scratch) { \
+    catch_up_rows<Rows>(memory, list, scratch);                                                    \
   }
 
 SPARSEADAM_VARIANT(portable, )

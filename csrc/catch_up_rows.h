@@ -15,7 +15,7 @@ struct RowList {
 };
 
 // Moves the weights of each row of a list by the steps it has missed. `scratch` as for UpdateRows.
-using CatchUpRows = void (*)(const TableMemory&, const MissedSteps&, const RowList&, void* scratch);
+using CatchUpRows = void (*)(const TableMemory&, const RowList&, void* scratch);
 
 // The function for a table, or nullptr where this build has none for its type of elements.
 CatchUpRows catch_up_rows_for(ElementType element, bool stochastic_rounding, InstructionSet instruction_set);

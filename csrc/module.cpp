@@ -128,7 +128,7 @@ using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>
 
 History make_history(const HistoryTuple& tuple) {
   const auto& [steps, base, num_steps, missed] = tuple;
-  return {at_address<const StepNumbers>(steps), base, num_steps};
+  return {at_address<const StepNumbers>(steps), base, num_steps, missed};
 }
 
 std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const std::string& instruction_set,
@@ -139,7 +139,6 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
     tables.push_back(make_table_step(*table, at_address<const int64_t>(indices), at_address<const void>(values),
                                      num_lookups, scalars, counters));
     tables.back().history = make_history(history);
-    tables.back().missed = std::get<MissedSteps*>(history);
   }
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
   Fault fault;
@@ -164,7 +163,7 @@ std::optional<int64_t> run_catch_up(const Table& table, uintptr_t rows, int64_t 
   BadIndex bad;
   {
     const nb::gil_scoped_release release;
-    bad = catch_up(read, *std::get<MissedSteps*>(history), chosen, num_threads);
+    bad = catch_up(read, chosen, num_threads);
   }
   if (bad.lookup >= 0) return std::nullopt;
   return read.num_slots;

@@ -19,7 +19,7 @@ SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory,
   const int64_t written = history.entry_of(memory.moments.moment_steps[clock]);
   memory.moments.moment_steps[clock] = static_cast<int32_t>(history.step() + 1);
   memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step() + 1);
-  return memory.missed->moment_factors(history, written);
+  return history.missed->moment_factors(history, written);
 }
 
 // A table whose moments are of their own type, one of each an element, and whose rows share the step's numbers, but for

@@ -100,11 +100,10 @@ struct TableMemory {
   bool stochastic_rounding;  // of the table
   const void* values;        // [num_lookups, width]
   int64_t width;
-  uint64_t random_key;                  // of the table's step
-  double log_decay;                     // what a row owes that has paid nothing, this step included
-  const int64_t* row_names;             // what random bits know the rows by; nullptr where by their place in the table
-  History history;                      // where missed steps are replayed
-  const MissedSteps* missed = nullptr;  // what they add up to, all of them
+  uint64_t random_key;       // of the table's step
+  double log_decay;          // what a row owes that has paid nothing, this step included
+  const int64_t* row_names;  // what random bits know the rows by; nullptr where by their place in the table
+  History history;           // where missed steps are replayed; it has been taken in
 };
 
 // Rows to update: row r of the run has the lookups sorted[begins[r]] .. sorted[ends[r] - 1] and the moments at

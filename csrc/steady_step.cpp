@@ -89,8 +89,7 @@ TableStep make_table_step(const Table& table, const int64_t* indices, const void
           *counter_at(counters, kNumSlots),
           *counter_at(counters, kNumSkipped),
           *log_decay_at(counters),
-          {},
-          nullptr};
+          {}};
 }
 
 void advance(const Counters& counters, const TableStep& done) {

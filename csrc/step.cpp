@@ -58,7 +58,7 @@ TableMemory memory_of(const TableStep& step) {
       step_key(static_cast<uint64_t>(step.scalars.seed), table.stream, static_cast<uint64_t>(step.scalars.step));
   return {table.table,     table.table_stride, table.moments, table.stochastic_rounding,
           step.values,     table.width,        key,           step.log_decay + step.scalars.log_decay,
-          table.row_names, step.history,       step.missed};
+          table.row_names, step.history};
 }
 
 // Takes rows whose gradient is not finite out of a run; returns how many.
@@ -352,8 +352,8 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instr
 }  // namespace
 
 Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
-  for (TableStep& table : tables) {
-    if (table.missed != nullptr) table.missed->advance(table.history);
+  for (const TableStep& table : tables) {
+    if (table.history.missed != nullptr) table.history.missed->advance(table.history);
   }
   Borrowed<Workspace> borrowed;
   const int num_threads = choose_num_threads(tables, max_threads);

@@ -39,11 +39,10 @@ struct TableStep {
   StepScalars scalars;
   NonFinite nonfinite;
   // In: as before the step. Out: as after it.
-  int64_t num_slots;              // in use
-  int64_t num_skipped;            // rows left as they were, over all steps
-  double log_decay;               // owed by a row that has paid nothing
-  History history;                // where missed steps are replayed
-  MissedSteps* missed = nullptr;  // of that history; takes in what is new of it
+  int64_t num_slots;    // in use
+  int64_t num_skipped;  // rows left as they were, over all steps
+  double log_decay;     // owed by a row that has paid nothing
+  History history;      // where missed steps are replayed
 };
 
 // Why a step was not taken, of the first table in their order that it cannot be taken for; `table` is -1 if it was.

@@ -214,8 +214,7 @@ PreparedStep prepare(std::vector<TableData>& tables, const std::vector<Gradient>
                                tables[t].num_slots,
                                0,
                                0.0,
-                               {},
-                               nullptr});
+                               {}});
   }
   return prepared;
 }
@@ -386,13 +385,13 @@ struct ReplayedTable {
     table.moments.clock_stride = 2;
     return table;
   }
-  History history() const { return {steps.data(), 0, static_cast<int64_t>(steps.size()) - 1}; }
+  History history() { return {steps.data(), 0, static_cast<int64_t>(steps.size()) - 1, &missed}; }
 
   void catch_up_on(const std::vector<int64_t>& rows, InstructionSet set, int num_threads) {
     steps_alone.store(0);
     const Table table = view();
     RowsRead read{&table, rows.data(), static_cast<int64_t>(rows.size()), history(), 0, data.num_slots};
-    const BadIndex bad = catch_up(read, missed, set, num_threads);
+    const BadIndex bad = catch_up(read, set, num_threads);
     CHECK(bad.lookup == -1, "catching up found a bad row at %d", static_cast<int>(bad.lookup));
     data.num_slots = read.num_slots;
   }
@@ -403,7 +402,7 @@ struct ReplayedTable {
     const Table table = view();
     const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 0.999, 0.01, 0.0, 0.0, 0.0, 1.0};
     std::vector<TableStep> tables{{&table, gradient.indices.data(), gradient.values.data(), data.spec.num_lookups,
-                                   scalars, NonFinite::kPropagate, data.num_slots, 0, 0.0, history(), &missed}};
+                                   scalars, NonFinite::kPropagate, data.num_slots, 0, 0.0, history()}};
     const Fault fault = step(tables, set, num_threads);
     if (fault.table >= 0) return fault;
     data.num_slots = tables[0].num_slots;

@@ -439,10 +439,9 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
             "Keep the real view, torch.view_as_real(table), as the parameter."
         )
     if other:
-        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
         raise ValueError(
             f"Params of an unsupported dtype at indices {', '.join(other)}: "
-            f"SparseAdam updates floating point tables ({supported}). Convert the table, or leave it out."
+            f"SparseAdam updates floating point tables ({_TABLE_DTYPE_NAMES}). Convert the table, or leave it out."
         )
     if wide:
         raise ValueError(
@@ -453,6 +452,9 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
 
 def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+_TABLE_DTYPE_NAMES = ", ".join(map(_dtype_text, TABLE_DTYPES))
 
 
 def unknown_parameter_error(param: object) -> ValueError:
@@ -616,9 +618,8 @@ def clip_layout_error(place: str, layout: torch.layout) -> RuntimeError:
 
 def clip_dtype_error(place: str, dtype: torch.dtype) -> RuntimeError:
     """Make the error for a sparse gradient to be clipped or coalesced of a dtype that no table has."""
-    supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
     return RuntimeError(
-        f"the sparse gradient of {place} has dtype {dtype}, but it must be one of {supported}. "
+        f"the sparse gradient of {place} has dtype {dtype}, but it must be one of {_TABLE_DTYPE_NAMES}. "
         "No gradient was changed. Convert the parameter, or leave it out of the list."
     )
 
@@ -732,13 +733,18 @@ def checkpoint_error(place: Place | str, problem: str) -> ValueError:
 INIT_KINDS = ("zeros", "normal", "uniform")
 
 
-def check_size(value: object, name: str) -> int:
-    """Return ``num_rows`` or ``dim`` of a table in a file, an int of at least 1."""
+def check_size(value: object, name: str, advice: str = "") -> int:
+    """Return a size of a table, an int of at least 1; ``advice`` ends the message for another type."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}. Leave out num_rows and dim to open a file as it is.")
+        raise TypeError(f"{name} must be an int, got {value!r}.{advice}")
     if value < 1:
         raise ValueError(f"Invalid {name}: {value}. It must be at least 1.")
     return value
+
+
+def check_mapped_size(value: object, name: str) -> int:
+    """Return ``num_rows`` or ``dim`` of a table in a file, which may be left out where there is one."""
+    return check_size(value, name, " Leave out num_rows and dim to open a file as it is.")
 
 
 def check_table_dtype(value: object) -> torch.dtype:
@@ -746,8 +752,7 @@ def check_table_dtype(value: object) -> torch.dtype:
     if not isinstance(value, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {value!r}.")
     if value not in TABLE_DTYPES:
-        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
-        raise ValueError(f"Invalid dtype: {value}. Choose one of {supported}.")
+        raise ValueError(f"Invalid dtype: {value}. Choose one of {_TABLE_DTYPE_NAMES}.")
     return value
 
 
@@ -1046,10 +1051,7 @@ def check_sharded_table(num_embeddings: object, embedding_dim: object, refused: 
         ValueError: a size below 1, or an option with another value than the only one supported.
     """
     for name, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r}.")
-        if size < 1:
-            raise ValueError(f"Invalid {name}: {size}. It must be at least 1.")
+        check_size(size, name)
     for name, value in refused.items():
         supported, reason = _SHARDED_REFUSALS[name]
         if value is not supported:
@@ -1077,8 +1079,7 @@ def check_padding_idx(padding_idx: object, num_embeddings: int) -> int | None:
 def check_shard_dtype(dtype: torch.dtype) -> None:
     """Refuse a dtype that no table has."""
     if dtype not in TABLE_DTYPES:
-        supported = ", ".join(_dtype_text(dtype) for dtype in TABLE_DTYPES)
-        raise ValueError(f"Invalid dtype: {dtype}. A sharded table has one of {supported}.")
+        raise ValueError(f"Invalid dtype: {dtype}. A sharded table has one of {_TABLE_DTYPE_NAMES}.")
 
 
 def check_ids(ids: object, num_embeddings: int, device: torch.device) -> None:

@@ -334,8 +334,8 @@ def _about(num_rows: object, dim: object, dtype: object, init: object, seed: obj
     """Return what a table is, as it is written into its file, having checked the arguments."""
     kind, scale = _validate.check_init(init)
     return {
-        "num_rows": _validate.check_size(num_rows, "num_rows"),
-        "dim": _validate.check_size(dim, "dim"),
+        "num_rows": _validate.check_mapped_size(num_rows, "num_rows"),
+        "dim": _validate.check_mapped_size(dim, "dim"),
         "dtype": str(_validate.check_table_dtype(dtype)).removeprefix("torch."),
         "init": [kind, scale, _validate.check_seed(seed)],
     }

@@ -440,9 +440,9 @@ class Moments(MutableMapping[str, Any]):
         """Count missed steps into all moments, once all rows' weights are up to date: a new history begins."""
         for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
             slots = torch.arange(begin, min(begin + _SLOTS_AT_ONCE, self.num_slots), device=self.device)
-            current = {name: self.read(name, slots) for name in ("exp_avg", "exp_avg_sq")}
-            for name, values in current.items():
-                self[name][begin : begin + len(slots)] = values
+            factors = self.missed_factors(slots, self.step)
+            for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True):
+                self[name][begin : begin + len(slots)] *= self.as_rows(factor)
             self.set_clocks(slots, self.step)
         self.history = History(self.step)
 
@@ -459,6 +459,10 @@ class Moments(MutableMapping[str, Any]):
         factors = (logs[steps - base] - logs[written]).exp()
         return factors[:, 0], factors[:, 1]
 
+    def as_rows(self, values: Tensor) -> Tensor:
+        """Give a value of each slot, in the dtype in which moments are computed, the dimensions of rows."""
+        return values.to(self.dtype).reshape(-1, *(1,) * len(self.row_shape))
+
     def read(self, name: str, slots: Tensor) -> Tensor:
         """Return a moment of some slots in the dtype in which moments are computed, ``[len(slots), *row_shape]``.
 
@@ -466,8 +470,7 @@ class Moments(MutableMapping[str, Any]):
         """
         stored: Tensor = self[name][slots]
         if self.layout.replays:
-            factor = self.missed_factors(slots, self.step)[_EXP_AVGS.index(name)].to(self.dtype)
-            return stored * factor.reshape(-1, *(1,) * len(self.row_shape))
+            return stored * self.as_rows(self.missed_factors(slots, self.step)[_EXP_AVGS.index(name)])
         if stored.dtype is not torch.uint8:
             return stored.to(self.dtype)
         decode = rounding.decode_exp_avg if name == "exp_avg" else rounding.decode_exp_avg_sq

@@ -405,16 +405,14 @@ class SparseAdam(torch.optim.Optimizer):
             self.state[done.table] = done.moments
             if replay.is_flush_due(done.moments):
                 # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
-                with suppress(*((OSError,) if self._has_files() else ())):
+                with suppress(*((OSError,) if self._is_in_files(done.table) else ())):
                     self._bring_up_to_date(done.table, done.moments, done.place, options[done.place.group_index])
         self._update_dense(dense_updates, options)
         self._list_for_steady_steps(options)
 
     def _before_steps(self, updates: Sequence[RowUpdate]) -> None:
         """See to files before the first row is written, having checked row numbers, which come first in errors too."""
-        in_files = [
-            each for each in updates if self._directory is not None or mapped_table.find(each.table) is not None
-        ]
+        in_files = [each for each in updates if self._is_in_files(each.table)]
         for each in in_files:
             update.check_range(each)
         self._before_writing([Write(each.table, each.moments, update.touched_rows(each)) for each in in_files])
@@ -469,8 +467,11 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _has_files(self) -> bool:
         """Whether steps must see to files before they write."""
-        tables = (table for group in self.param_groups for table in group["params"])
-        return self._directory is not None or any(mapped_table.find(table) is not None for table in tables)
+        return any(self._is_in_files(table) for group in self.param_groups for table in group["params"])
+
+    def _is_in_files(self, table: Tensor) -> bool:
+        """Whether a table or its moments are in files."""
+        return self._directory is not None or mapped_table.find(table) is not None
 
     def _gather_updates(self, options: list[GroupOptions]) -> tuple[list[RowUpdate], list[DenseUpdate]]:
         """Collect the parameters that have a gradient, having checked all but row numbers; changes nothing."""
@@ -599,7 +600,7 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_rows(rows, place)
         moments = self._kept(table, place, options)
         if isinstance(moments, Moments) and moments.history is not None:
-            if self._has_files():
+            if self._is_in_files(table):
                 _validate.check_row_range(rows, moments.num_rows, place)
                 behind = update.rows_behind(moments, torch.unique(rows))
                 self._before_writing([Write(table, moments, behind)])
@@ -635,7 +636,7 @@ class SparseAdam(torch.optim.Optimizer):
             self.state[table] = moments
 
     def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
-        if self._has_files():
+        if self._is_in_files(table):
             self._before_writing_all(table, moments)
         if options.layout.replays:
             replay.flush(table, moments, place, options, self._backend)

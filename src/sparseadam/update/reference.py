@@ -180,8 +180,7 @@ def _row_corrections(moments: Moments, slots: Tensor, scalars: StepScalars) -> t
     moments["row_steps"][slots] += 1
     touches = moments["row_steps"][slots].to(torch.float64)
     corrections = bias_corrections(scalars.lr, scalars.beta1, scalars.beta2, touches, scalars.torch_eps)
-    shape = (len(slots), *(1,) * len(moments.row_shape))
-    step_size, root_scale = (correction.to(moments.dtype).reshape(shape) for correction in corrections)
+    step_size, root_scale = (moments.as_rows(correction) for correction in corrections)
     return step_size, root_scale
 
 
@@ -282,9 +281,8 @@ def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
     # A row that has just got its slot has a clock of zero, and was up to date at the base.
     begin = moments["weight_steps"][slots].to(torch.int64).clamp(min=base)
     factors = moments.missed_factors(slots, begin)
-    shape = (-1, *(1,) * len(moments.row_shape))
     exp_avg, exp_avg_sq = (
-        moments[name][slots] * factor.to(moments.dtype).reshape(shape)
+        moments[name][slots] * moments.as_rows(factor)
         for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True)
     )
     # Of what the moments were when they were written, what is left of their quotient: r**n.
@@ -299,11 +297,11 @@ def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
         rows, entries, left = rows[is_moving], entries[is_moving] + 1, left[is_moving]
         step = numbers[entries]
         left = left * step[:, BETA1] / step[:, BETA2].sqrt()
-        of_row = {column: step[:, column].to(moments.dtype).reshape(shape) for column in range(LOG_BETA1)}
+        of_row = {column: moments.as_rows(step[:, column]) for column in range(LOG_BETA1)}
         exp_avg = exp_avg[is_moving] * of_row[BETA1]
         exp_avg_sq = exp_avg_sq[is_moving] * of_row[BETA2]
         change = of_row[STEP_SIZE] * exp_avg / (exp_avg_sq.sqrt() * of_row[ROOT_SCALE] + of_row[EPS])
-        decay = (step[:, LOG_DECAY] - numbers[entries - 1, LOG_DECAY]).exp().to(moments.dtype).reshape(shape)
+        decay = moments.as_rows((step[:, LOG_DECAY] - numbers[entries - 1, LOG_DECAY]).exp())
         weights[rows] = weights[rows] * decay - change
         moved_to[rows] = entries
     left_over = numbers[-1, LOG_DECAY] - numbers[moved_to, LOG_DECAY]
