@@ -1,9 +1,11 @@
 #include "catch_up.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "arena.h"
 #include "catch_up_rows.h"
+#include "found_rows.h"
 #include "pool.h"
 #include "rounding.h"
 #include "slot_index.h"
@@ -16,17 +18,14 @@ namespace {
 // What one thread needs while it works on a partition.
 struct ThreadScratch {
   std::vector<Entry> entries;
-  std::vector<int64_t> found_slots, rows, slots;
+  std::vector<int64_t> rows, slots;
   std::vector<double> weights;  // of a row, see RowUpdate's scratch
 };
 
-// Memory of a call, kept from call to call. `begins` delimits the rows of each partition in the sorted lookups; once a
-// partition is walked, its part holds those that wait for a slot.
+// Memory of a call, kept from call to call.
 struct Workspace {
   Arena arena;
-  Partitioning lookups;
-  uint32_t* begins;
-  uint32_t* ends;
+  uint32_t* new_rows;     // of each partition, which of its rows wait for a slot
   int64_t* num_new_rows;  // per partition; then the first slot of its new rows
   std::vector<BadIndex> bad;
   std::vector<ThreadScratch> threads;
@@ -35,7 +34,7 @@ struct Workspace {
 class Call {
  public:
   Call(RowsRead& read, InstructionSet instruction_set, Workspace& workspace)
-      : read_(read), table_(*read.table), workspace_(workspace), lookups_(workspace.lookups) {
+      : read_(read), table_(*read.table), workspace_(workspace), found_(*read.history.found), lookups_(found_.lookups) {
     const uint64_t key = step_key(read.seed, table_.stream, static_cast<uint64_t>(read.history.step()));
     memory_ = {
         table_.table, table_.table_stride, table_.moments, table_.stochastic_rounding, nullptr, table_.width, key, 0.0,
@@ -44,10 +43,15 @@ class Call {
   }
 
   void plan(int num_threads) {
+    found_.step = -1;
+    found_.arena.reset();
+    lookups_.plan({read_.rows, &table_.num_rows, 1, read_.num_rows_read}, table_.num_rows, found_.arena);
+    found_.begins = found_.arena.take<uint32_t>(read_.num_rows_read);
+    found_.ends = found_.arena.take<uint32_t>(read_.num_rows_read);
+    found_.slots = found_.arena.take<int64_t>(read_.num_rows_read);
+    found_.num_rows = found_.arena.take<int64_t>(lookups_.num_partitions());
     workspace_.arena.reset();
-    lookups_.plan({read_.rows, &table_.num_rows, 1, read_.num_rows_read}, table_.num_rows, workspace_.arena);
-    workspace_.begins = workspace_.arena.take<uint32_t>(read_.num_rows_read);
-    workspace_.ends = workspace_.arena.take<uint32_t>(read_.num_rows_read);
+    workspace_.new_rows = workspace_.arena.take<uint32_t>(read_.num_rows_read);
     workspace_.num_new_rows = workspace_.arena.take<int64_t>(lookups_.num_partitions());
     workspace_.bad.assign(static_cast<size_t>(lookups_.num_chunks()), BadIndex{});
     grow(workspace_.threads, num_threads);
@@ -64,20 +68,22 @@ class Call {
     lookups_.finish_partitioning();
     for (ThreadScratch& thread : workspace_.threads) {
       grow(thread.entries, lookups_.largest_partition());
-      grow(thread.found_slots, lookups_.largest_partition());
       grow(thread.rows, lookups_.largest_partition());
       grow(thread.slots, lookups_.largest_partition());
       grow(thread.weights, kScratchRows * table_.width);
     }
-    auto move_rows = [&](int64_t partition, int thread) {
-      move_partition(partition, workspace_.threads[static_cast<size_t>(thread)]);
+    // The last partition first: the step that follows starts with the first one, whose rows are then still in cache.
+    auto move_rows = [&](int64_t index, int thread) {
+      move_partition(lookups_.num_partitions() - 1 - index, workspace_.threads[static_cast<size_t>(thread)]);
     };
     team.for_each(lookups_.num_partitions(), move_rows);
-    if (!assign_slots()) return {};
-    auto move_new_rows = [&](int64_t partition, int thread) {
-      move_new_partition(partition, workspace_.threads[static_cast<size_t>(thread)]);
-    };
-    team.for_each(lookups_.num_partitions(), move_new_rows);
+    if (assign_slots()) {
+      auto move_new_rows = [&](int64_t partition, int thread) {
+        move_new_partition(partition, workspace_.threads[static_cast<size_t>(thread)]);
+      };
+      team.for_each(lookups_.num_partitions(), move_new_rows);
+    }
+    keep_found_rows();
     return {};
   }
 
@@ -87,19 +93,22 @@ class Call {
   // Sorts a partition, moves its rows that are behind, and sets those aside that have no slot.
   void move_partition(int64_t partition, ThreadScratch& thread) {
     lookups_.sort_partition(partition, thread.entries.data());
-    uint32_t* begins = workspace_.begins + lookups_.partition_begin(partition);
-    uint32_t* ends = workspace_.ends + lookups_.partition_begin(partition);
-    const int64_t* found = thread.found_slots.data();
-    const int64_t num_rows = find_slots(table_, lookups_, partition, begins, ends, thread.found_slots.data());
+    const int64_t at = lookups_.partition_begin(partition);
+    const uint32_t* begins = found_.begins + at;
+    const int64_t* slots = found_.slots + at;
+    uint32_t* new_rows = workspace_.new_rows + at;
+    const int64_t num_rows =
+        find_slots(table_, lookups_, partition, found_.begins + at, found_.ends + at, found_.slots + at);
+    found_.num_rows[partition] = num_rows;
     int64_t num_behind = 0;
     int64_t num_new_rows = 0;
-    find_rows_behind(table_, read_.history, found, num_rows, [&](int64_t r) {
-      if (found[r] < 0) {
-        begins[num_new_rows++] = begins[r];
+    find_rows_behind(table_, read_.history, slots, num_rows, [&](int64_t r) {
+      if (slots[r] < 0) {
+        new_rows[num_new_rows++] = static_cast<uint32_t>(r);
         return;
       }
       thread.rows[static_cast<size_t>(num_behind)] = row_at(begins[r]);
-      thread.slots[static_cast<size_t>(num_behind)] = found[r];
+      thread.slots[static_cast<size_t>(num_behind)] = slots[r];
       ++num_behind;
     });
     workspace_.num_new_rows[partition] = num_new_rows;
@@ -120,22 +129,34 @@ class Call {
   }
 
   void move_new_partition(int64_t partition, ThreadScratch& thread) {
-    const uint32_t* begins = workspace_.begins + lookups_.partition_begin(partition);
+    const int64_t at = lookups_.partition_begin(partition);
+    const uint32_t* new_rows = workspace_.new_rows + at;
     const int64_t first_slot = workspace_.num_new_rows[partition];
     const int64_t count = counts_[static_cast<size_t>(partition)];
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = row_at(begins[r]);
+      const int64_t row = row_at(found_.begins[at + new_rows[r]]);
       thread.rows[static_cast<size_t>(r)] = row;
       thread.slots[static_cast<size_t>(r)] = first_slot + r;
+      found_.slots[at + new_rows[r]] = first_slot + r;
       table_.rows[first_slot + r] = row;
       write_slot(table_, row, first_slot + r);
     }
     catch_up_rows_(memory_, {thread.rows.data(), thread.slots.data(), count}, thread.weights.data());
   }
 
+  void keep_found_rows() {
+    int64_t* rows = found_.arena.take<int64_t>(read_.num_rows_read);
+    std::copy(read_.rows, read_.rows + read_.num_rows_read, rows);
+    found_.rows = rows;
+    found_.num_rows_read = read_.num_rows_read;
+    found_.num_slots = read_.num_slots;
+    found_.step = read_.history.step();
+  }
+
   RowsRead& read_;
   const Table& table_;
   Workspace& workspace_;
+  FoundRows& found_;
   Partitioning& lookups_;
   TableMemory memory_{};
   CatchUpRows catch_up_rows_;

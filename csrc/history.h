@@ -36,14 +36,16 @@ struct StepNumbers {
 };
 
 class MissedSteps;
+struct FoundRows;
 
-// The steps that rows may have missed, and what they add up to; nullptrs where missed steps are not replayed. The first
-// of the num_steps + 1 entries stands for the step `base`, at which all rows were up to date.
+// The steps that rows may have missed, what they add up to, and the rows last read; nullptrs where missed steps are not
+// replayed. The first of the num_steps + 1 entries stands for the step `base`, at which all rows were up to date.
 struct History {
   const StepNumbers* steps = nullptr;
   int64_t base = 0;
   int64_t num_steps = 0;
   MissedSteps* missed = nullptr;
+  FoundRows* found = nullptr;
 
   // The table's step so far.
   int64_t step() const { return base + num_steps; }

@@ -20,6 +20,7 @@
 
 #include "catch_up.h"
 #include "coalesce.h"
+#include "found_rows.h"
 #include "initial.h"
 #include "steady_step.h"
 #include "step.h"
@@ -119,16 +120,23 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           at_address<const int64_t>(row_names)};
 }
 
-// (address, base, number of steps, what they add up to) of a history; 0 and None where missed steps are not replayed
-using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t, MissedSteps*>;
+// What is kept for one history from call to call.
+struct HistoryCache {
+  MissedSteps missed;
+  FoundRows found;
+};
+
+// (address, base, number of steps, cache) of a history; 0 and None where missed steps are not replayed
+using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t, HistoryCache*>;
 // (table, address of indices, address of values, number of lookups, scalars, counters, history)
 using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, ScalarArray, Counters, HistoryTuple>;
 // (table, (dimension, index) if an index is out of range, rows that are refused, whether because they are behind)
 using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>>, std::vector<int64_t>, bool>;
 
 History make_history(const HistoryTuple& tuple) {
-  const auto& [steps, base, num_steps, missed] = tuple;
-  return {at_address<const StepNumbers>(steps), base, num_steps, missed};
+  const auto& [steps, base, num_steps, cache] = tuple;
+  if (cache == nullptr) return {};
+  return {at_address<const StepNumbers>(steps), base, num_steps, &cache->missed, &cache->found};
 }
 
 std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const std::string& instruction_set,
@@ -228,8 +236,10 @@ NB_MODULE(_native, m) {
         "Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or\n"
         "none. Returns None, or why not: (table, (dimension, index) or None, rows that are refused, whether because\n"
         "they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps,\n"
-        "what they add up to), (0, 0, 0, None) where missed steps are not replayed.");
-  nb::class_<MissedSteps>(m, "MissedSteps", "What the steps of one history add up to, taken in as catch_up needs it.")
+        "its cache), (0, 0, 0, None) where missed steps are not replayed.");
+  nb::class_<HistoryCache>(m, "HistoryCache",
+                           "What the steps of one history add up to, taken in as catch_up needs it, and what it found\n"
+                           "of the rows last read.")
       .def(nb::init<>());
   m.def("catch_up", &run_catch_up, nb::kw_only(), nb::arg("table"), nb::arg("rows"), nb::arg("num_rows_read"),
         nb::arg("num_slots"), nb::arg("history"), nb::arg("seed"), nb::arg("instruction_set"), nb::arg("num_threads"),

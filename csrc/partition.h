@@ -45,6 +45,7 @@ class Partitioning {
   // Plans chunks and row ranges and takes memory for them, which must last until the step is over.
   void plan(const Lookups& lookups, int64_t num_rows, Arena& arena);
 
+  int64_t num_rows() const { return num_rows_; }
   int64_t num_chunks() const { return num_chunks_; }
   int64_t num_partitions() const { return num_partitions_; }
   int64_t largest_partition() const { return largest_partition_; }

@@ -27,7 +27,6 @@ SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory,
 template <class TableElement, class MomentElement, bool kReplays>
 class PlainRows {
  public:
-  static constexpr bool kKnowsWidths = true;
   using Element = TableElement;
   using Moment = MomentElement;
 
@@ -86,7 +85,6 @@ class PlainRows {
 template <class TableElement, class MomentElement>
 class AnyRows {
  public:
-  static constexpr bool kKnowsWidths = false;
   using Element = TableElement;
   using Moment = MomentElement;
 
@@ -305,12 +303,9 @@ SPARSEADAM_INLINE void add_values(Moment* __restrict__ sum, const Element* __res
   for (int64_t i = 0; i < width; ++i) sum[i] += widen(values[i]);
 }
 
-// Rows of kWidth elements, or of as many as memory.width says where that is 0. The memory is a copy of this function's
-// own, so that the compiler knows the width in all that is inlined here.
-template <class Rows, int64_t kWidth>
-SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& run, const StepScalars& scalars,
-                                            void* scratch) {
-  if (kWidth > 0) memory.width = kWidth;
+template <class Rows>
+SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& scalars,
+                                   void* scratch) {
   using Element = typename Rows::Element;
   using Moment = typename Rows::Moment;
   const int64_t width = memory.width;
@@ -349,26 +344,6 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
     for (int64_t entry = begin + 1; entry < end; ++entry) add_values(sum, value_at(entry), width);
     rows.update(weights, row, run.slots[r], sum);
   }
-}
-
-// Loops over rows of a known width need no counting: with fewer instructions between them, more cache lines are on
-// their way at once.
-template <class Rows>
-SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& scalars,
-                                   void* scratch) {
-  if constexpr (Rows::kKnowsWidths) {
-    switch (memory.width) {
-      case 16:
-        return update_rows_of_width<Rows, 16>(memory, run, scalars, scratch);
-      case 32:
-        return update_rows_of_width<Rows, 32>(memory, run, scalars, scratch);
-      case 64:
-        return update_rows_of_width<Rows, 64>(memory, run, scalars, scratch);
-      case 128:
-        return update_rows_of_width<Rows, 128>(memory, run, scalars, scratch);
-    }
-  }
-  update_rows_of_width<Rows, 0>(memory, run, scalars, scratch);
 }
 
 template <class Element, class Moment>

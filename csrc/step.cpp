@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "arena.h"
+#include "found_rows.h"
 #include "partition.h"
 #include "pool.h"
 #include "rounding.h"
@@ -24,6 +25,13 @@ struct ThreadScratch {
   std::vector<double> rows;  // doubles, so that it is aligned for, and large enough for, either type of moments
 };
 
+// How far the lookups of a table have come before the walk.
+enum class Order {
+  kPartitioned,  // the walk sorts them
+  kLookedAt,     // they are sorted, their rows found and looked at
+  kFound,        // as catch_up left them, which has brought their rows up to date
+};
+
 // What one table needs during a step. `begins` and `ends` delimit the rows of each partition in the sorted lookups;
 // once a partition is walked, its part of both holds the new rows that wait for their slots. Where rows are looked at
 // before the walk, they are kept with their slots: to find those again would take a cache line a row.
@@ -33,8 +41,9 @@ struct TableScratch {
   uint32_t* ends;
   int64_t* num_new_rows;  // per partition; then the first slot of its new rows
   int64_t* num_skipped;   // per partition
-  int64_t* num_rows;      // per partition, and the slots of its rows, once they are looked at; else nullptr
+  int64_t* num_rows;      // per partition, and the slots of its rows, where they are found before the walk
   int64_t* slots;
+  Order order;
 };
 
 struct Task {
@@ -82,10 +91,10 @@ void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partit
   const int64_t at = scratch.lookups.partition_begin(partition);
   uint32_t* begins = scratch.begins + at;
   uint32_t* ends = scratch.ends + at;
-  const bool was_looked_at = scratch.slots != nullptr;
-  int64_t* slots = was_looked_at ? scratch.slots + at : thread.slots.data();
+  const bool are_found = scratch.order != Order::kPartitioned;
+  int64_t* slots = are_found ? scratch.slots + at : thread.slots.data();
   RowRun run{&scratch.lookups, begins, ends, slots, 0};
-  if (was_looked_at) {
+  if (are_found) {
     run.num_rows = scratch.num_rows[partition];
   } else {
     scratch.lookups.sort_partition(partition, thread.entries.data());
@@ -117,17 +126,19 @@ struct Refused {
 Refused find_refused_rows(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                           ThreadScratch& thread) {
   Partitioning& lookups = scratch.lookups;
-  lookups.sort_partition(partition, thread.entries.data());
   uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
   uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
   int64_t* slots = scratch.slots + lookups.partition_begin(partition);
-  const int64_t num_rows = find_slots(*step.table, lookups, partition, begins, ends, slots);
-  scratch.num_rows[partition] = num_rows;
+  if (scratch.order == Order::kLookedAt) {
+    lookups.sort_partition(partition, thread.entries.data());
+    scratch.num_rows[partition] = find_slots(*step.table, lookups, partition, begins, ends, slots);
+  }
+  const int64_t num_rows = scratch.num_rows[partition];
   const auto name = [&](std::vector<int64_t>& found, int64_t r) {
     if (found.size() < kRowsNamed) found.push_back(lookups.row_of(lookups.sorted()[begins[r]]));
   };
   Refused refused;
-  if (step.history.steps != nullptr) {
+  if (step.history.steps != nullptr && scratch.order == Order::kLookedAt) {
     find_rows_behind(*step.table, step.history, slots, num_rows, [&](int64_t r) { name(refused.behind, r); });
   }
   if (step.nonfinite == NonFinite::kRefuse) {
@@ -186,8 +197,45 @@ int choose_num_threads(const std::vector<TableStep>& tables, int num_threads) {
 }
 
 // Whether rows of a table may be refused, so that all are looked at before any is written.
-bool is_looked_at(const TableStep& step) {
-  return step.nonfinite == NonFinite::kRefuse || step.history.steps != nullptr;
+bool is_looked_at(const TableStep& step, Order order) {
+  return step.nonfinite == NonFinite::kRefuse || (step.history.steps != nullptr && order != Order::kFound);
+}
+
+// Takes over what catch_up has found; a walk uses it up. Returns whether it is of these lookups.
+bool take_found_rows(const TableStep& step, const Lookups& lookups, TableScratch& scratch) {
+  FoundRows* found = step.history.found;
+  if (found == nullptr) return false;
+  const bool is_same = found->are_those_of(lookups, step.history.step(), step.num_slots);
+  found->step = -1;
+  if (!is_same) return false;
+  scratch.lookups = found->lookups;
+  scratch.begins = found->begins;
+  scratch.ends = found->ends;
+  scratch.num_rows = found->num_rows;
+  scratch.slots = found->slots;
+  return true;
+}
+
+// Plans the way from a table's lookups to its rows and takes memory for it.
+void plan_table(const TableStep& step, TableScratch& scratch, Arena& arena) {
+  const Table& table = *step.table;
+  const Lookups lookups{step.indices, table.sparse_shape.data(), static_cast<int64_t>(table.sparse_shape.size()),
+                        step.num_lookups};
+  if (take_found_rows(step, lookups, scratch)) {
+    scratch.order = Order::kFound;
+  } else {
+    scratch.lookups.plan(lookups, table.num_rows, arena);
+    scratch.begins = arena.take<uint32_t>(step.num_lookups);
+    scratch.ends = arena.take<uint32_t>(step.num_lookups);
+    scratch.order = Order::kPartitioned;
+    if (is_looked_at(step, scratch.order)) {
+      scratch.order = Order::kLookedAt;
+      scratch.num_rows = arena.take<int64_t>(scratch.lookups.num_partitions());
+      scratch.slots = arena.take<int64_t>(step.num_lookups);
+    }
+  }
+  scratch.num_new_rows = arena.take<int64_t>(scratch.lookups.num_partitions());
+  scratch.num_skipped = arena.take<int64_t>(scratch.lookups.num_partitions());
 }
 
 // Plans all tables and lists their chunks and partitions. All memory of the step's first half is reserved here.
@@ -200,23 +248,11 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
   for (size_t t = 0; t < tables.size(); ++t) {
     const TableStep& step = tables[t];
     if (step.num_lookups == 0) continue;
-    const Table& table = *step.table;
     TableScratch& scratch = workspace.tables[t];
-    scratch.lookups.plan(
-        {step.indices, table.sparse_shape.data(), static_cast<int64_t>(table.sparse_shape.size()), step.num_lookups},
-        table.num_rows, workspace.arena);
-    scratch.begins = workspace.arena.take<uint32_t>(step.num_lookups);
-    scratch.ends = workspace.arena.take<uint32_t>(step.num_lookups);
-    scratch.num_new_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
-    scratch.num_skipped = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
-    scratch.num_rows = nullptr;
-    scratch.slots = nullptr;
-    if (is_looked_at(step)) {
-      scratch.num_rows = workspace.arena.take<int64_t>(scratch.lookups.num_partitions());
-      scratch.slots = workspace.arena.take<int64_t>(step.num_lookups);
-    }
+    plan_table(step, scratch, workspace.arena);
     const auto table_index = static_cast<int64_t>(t);
-    for (int64_t c = 0; c < scratch.lookups.num_chunks(); ++c) workspace.chunks.push_back({table_index, c});
+    const int64_t num_chunks = scratch.order == Order::kFound ? 0 : scratch.lookups.num_chunks();
+    for (int64_t c = 0; c < num_chunks; ++c) workspace.chunks.push_back({table_index, c});
     for (int64_t p = 0; p < scratch.lookups.num_partitions(); ++p) workspace.partitions.push_back({table_index, p});
   }
   workspace.bad.assign(workspace.chunks.size(), BadIndex{});
@@ -260,8 +296,10 @@ Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKe
                    Team& team) {
   std::vector<Task> tasks;
   for (const Task& task : workspace.partitions) {
-    if (is_looked_at(tables[static_cast<size_t>(task.table)])) tasks.push_back(task);
+    const auto t = static_cast<size_t>(task.table);
+    if (is_looked_at(tables[t], workspace.tables[t].order)) tasks.push_back(task);
   }
+  if (tasks.empty()) return {};
   std::vector<Refused> found(tasks.size());
   auto look = [&](int64_t index, int thread) {
     const Task& task = tasks[static_cast<size_t>(index)];
@@ -314,16 +352,12 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instr
   reserve_threads(tables, workspace);
 
   std::vector<RowKernels> kernels;
-  bool is_any_looked_at = false;
   for (const TableStep& step : tables) {
     const Table& table = *step.table;
     kernels.push_back(row_kernels_for(table.element, table.moments, table.stochastic_rounding, instruction_set));
-    is_any_looked_at |= is_looked_at(step);
   }
-  if (is_any_looked_at) {
-    fault = look_at_rows(tables, kernels, workspace, team);
-    if (fault.table >= 0) return fault;
-  }
+  fault = look_at_rows(tables, kernels, workspace, team);
+  if (fault.table >= 0) return fault;
   const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
   std::vector<int64_t> num_new_rows(workspace.partitions.size());
 

@@ -408,6 +408,65 @@ def test_a_step_on_rows_that_are_behind_is_refused_and_changes_nothing(backend: 
     setting.optimizer.step()
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_step_on_the_lookups_just_read_is_that_on_rows_found_anew(
+    backend: str, weight_decay: float, nonfinite: str
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    tables = [nn.Parameter(torch.full((700, 6), 0.5)) for _ in range(2)]
+    optimizers = [
+        SparseAdam(
+            [table], lr=0.1, missed_steps="replay", backend=backend, weight_decay=weight_decay, nonfinite=nonfinite
+        )
+        for table in tables
+    ]
+    for number in range(8):
+        rows = torch.randint(100 + 70 * number, (3000,), generator=generator)
+        values = torch.randn(3000, 6, generator=generator)
+        values[rows == 3] = math.nan if nonfinite == "skip" else 1.0
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            optimizer.catch_up(table, rows)
+            if optimizer is optimizers[1]:  # forgets what was found
+                optimizer.catch_up(table, rows[:1])
+            give_gradient(table, rows.clone(), values)
+            optimizer.step()
+    assert bits(tables[0]) == bits(tables[1])
+    assert snapshot(optimizers[0]) == snapshot(optimizers[1])
+
+
+def test_rows_just_read_are_found_for_one_step_and_for_those_lookups_alone(backend: str) -> None:
+    setting = behind(backend)
+    setting.optimizer.catch_up(setting.table, torch.tensor([1, 2]))
+    give_gradient(setting.table, torch.tensor([1, 4]), torch.ones(2, 6))
+    with pytest.raises(RuntimeError, match="rows that are behind, first 4:"):
+        setting.optimizer.step()
+    setting.optimizer.catch_up(setting.table, torch.tensor([1, 4]))
+    setting.optimizer.step()
+    give_gradient(setting.table, torch.tensor([0]), torch.ones(1, 6))
+    setting.optimizer.catch_up(setting.table, torch.tensor([0]))
+    setting.optimizer.step()
+    give_gradient(setting.table, torch.tensor([1, 4]), torch.ones(2, 6))
+    with pytest.raises(RuntimeError, match="rows that are behind, first 1, 4:"):
+        setting.optimizer.step()
+
+
+def test_rows_just_read_whose_gradient_is_not_finite_are_refused_and_nothing_changes(backend: str) -> None:
+    setting = behind(backend, nonfinite="error")
+    rows = torch.tensor([4, 0, 15, 4])
+    setting.optimizer.catch_up(setting.table, rows)
+    values = torch.ones(4, 6)
+    values[3, 2] = math.inf
+    give_gradient(setting.table, rows, values)
+    before = snapshot(setting.optimizer)
+    with pytest.raises(RuntimeError, match="is not finite, first in rows 4"):
+        setting.optimizer.step()
+    assert snapshot(setting.optimizer) == before
+    give_gradient(setting.table, rows, torch.ones(4, 6))
+    setting.optimizer.step()
+    assert len(setting.optimizer.state[setting.table]["rows"]) == 11
+
+
 def test_rows_never_touched_are_behind_only_where_weights_decay(backend: str) -> None:
     plain, decaying = behind(backend), behind(backend, weight_decay=0.1)
     for setting in (plain, decaying):

@@ -24,22 +24,23 @@ def instruction_sets() -> list[str]:
 def fits(num_rows: int, num_lookups: int) -> bool:
     """Whether a step of this size fits the packed (row, position) entries."""
 
-def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int], tuple[int, int, int, MissedSteps]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int], bool] | None:
+def step(tables: Sequence[tuple[Table, int, int, int, Sequence[float], tuple[int, int], tuple[int, int, int, HistoryCache]]], instruction_set: str, num_threads: int) -> tuple[int, tuple[int, int] | None, list[int], bool] | None:
     """
     Update all tables and their counters (addresses of step, num_slots and num_skipped, and of log_decay), or
     none. Returns None, or why not: (table, (dimension, index) or None, rows that are refused, whether because
     they are behind; otherwise their gradient is not finite). A history is (address, base, number of steps,
-    what they add up to), (0, 0, 0, None) where missed steps are not replayed.
+    its cache), (0, 0, 0, None) where missed steps are not replayed.
     """
 
-class MissedSteps:
+class HistoryCache:
     """
-    What the steps of one history add up to, taken in as catch_up needs it.
+    What the steps of one history add up to, taken in as catch_up needs it, and what it found
+    of the rows last read.
     """
 
     def __init__(self) -> None: ...
 
-def catch_up(*, table: Table, rows: int, num_rows_read: int, num_slots: int, history: tuple[int, int, int, MissedSteps], seed: int, instruction_set: str, num_threads: int) -> int | None:
+def catch_up(*, table: Table, rows: int, num_rows_read: int, num_slots: int, history: tuple[int, int, int, HistoryCache], seed: int, instruction_set: str, num_threads: int) -> int | None:
     """
     Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the
     table.

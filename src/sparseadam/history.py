@@ -75,14 +75,14 @@ class History:
         base: the table's step so far.
     """
 
-    __slots__ = ("_numbers", "base", "native_sums")
+    __slots__ = ("_numbers", "base", "native_cache")
 
     def __init__(self, base: int) -> None:
         """Start without steps."""
         self.base = base
         self._numbers = array("d", bytes(8 * NUM_COLUMNS))
-        # What the native backend has summed up of these steps.
-        self.native_sums: object | None = None
+        # What the native backend has summed up of these steps, and found of the rows last read.
+        self.native_cache: object | None = None
 
     @property
     def num_steps(self) -> int:

@@ -152,9 +152,9 @@ def _history_tuple(moments: Moments) -> tuple[int, int, int, object]:
     history = moments.history
     if history is None:
         return 0, 0, 0, None
-    if history.native_sums is None:
-        history.native_sums = _module().MissedSteps()
-    return history.address, history.base, history.num_steps, history.native_sums
+    if history.native_cache is None:
+        history.native_cache = _module().HistoryCache()
+    return history.address, history.base, history.num_steps, history.native_cache
 
 
 def coalesce_rows(
