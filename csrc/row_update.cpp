@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "element.h"
 #include "formula.h"
@@ -27,6 +28,7 @@ SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory,
 template <class TableElement, class MomentElement, bool kReplays>
 class PlainRows {
  public:
+  static constexpr bool kKnowsWidths = std::is_same_v<TableElement, float>;
   using Element = TableElement;
   using Moment = MomentElement;
 
@@ -85,6 +87,7 @@ class PlainRows {
 template <class TableElement, class MomentElement>
 class AnyRows {
  public:
+  static constexpr bool kKnowsWidths = false;
   using Element = TableElement;
   using Moment = MomentElement;
 
@@ -303,9 +306,12 @@ SPARSEADAM_INLINE void add_values(Moment* __restrict__ sum, const Element* __res
   for (int64_t i = 0; i < width; ++i) sum[i] += widen(values[i]);
 }
 
-template <class Rows>
-SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& scalars,
-                                   void* scratch) {
+// Rows of kWidth elements, or of as many as memory.width says where that is 0. The memory is a copy of this function's
+// own, so that the compiler knows the width in all that is inlined here.
+template <class Rows, int64_t kWidth>
+SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& run, const StepScalars& scalars,
+                                            void* scratch) {
+  if (kWidth > 0) memory.width = kWidth;
   using Element = typename Rows::Element;
   using Moment = typename Rows::Moment;
   const int64_t width = memory.width;
@@ -344,6 +350,27 @@ SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run,
     for (int64_t entry = begin + 1; entry < end; ++entry) add_values(sum, value_at(entry), width);
     rows.update(weights, row, run.slots[r], sum);
   }
+}
+
+// Loops over rows of a known width need no counting: with fewer instructions between them, more cache lines are on
+// their way at once. 262,144 Zipf lookups into 1,000,000 x 128 took 22 ms on two cores in place of 27, and 65,536 into
+// 1,000,000 x 64 3.8 in place of 4.4. For float32 tables alone: each width is a kernel more to compile.
+template <class Rows>
+SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& scalars,
+                                   void* scratch) {
+  if constexpr (Rows::kKnowsWidths) {
+    switch (memory.width) {
+      case 16:
+        return update_rows_of_width<Rows, 16>(memory, run, scalars, scratch);
+      case 32:
+        return update_rows_of_width<Rows, 32>(memory, run, scalars, scratch);
+      case 64:
+        return update_rows_of_width<Rows, 64>(memory, run, scalars, scratch);
+      case 128:
+        return update_rows_of_width<Rows, 128>(memory, run, scalars, scratch);
+    }
+  }
+  update_rows_of_width<Rows, 0>(memory, run, scalars, scratch);
 }
 
 template <class Element, class Moment>
