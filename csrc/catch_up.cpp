@@ -1,6 +1,7 @@
 #include "catch_up.h"
 
 #include <algorithm>
+#include <mutex>
 #include <vector>
 
 #include "arena.h"
@@ -166,6 +167,7 @@ class Call {
 }  // namespace
 
 BadIndex catch_up(RowsRead& read, InstructionSet instruction_set, int max_threads) {
+  const std::lock_guard<std::mutex> lock(read.history.found->mutex);
   read.history.missed->advance(read.history);
   if (read.num_rows_read == 0) return {};
   Borrowed<Workspace> workspace;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 
 #include "arena.h"
 #include "partition.h"
@@ -14,7 +15,8 @@
 namespace sparseadam {
 
 struct FoundRows {
-  Arena arena;  // holds all of the following
+  std::mutex mutex;  // held while rows catch up: models may be read in several threads
+  Arena arena;       // holds all of the following
   Partitioning lookups;
   const int64_t* rows;  // [num_rows_read], as they were read
   uint32_t* begins;     // of each partition's rows in the sorted lookups

@@ -21,6 +21,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -467,6 +468,22 @@ def test_rows_just_read_whose_gradient_is_not_finite_are_refused_and_nothing_cha
     give_gradient(setting.table, rows, torch.ones(4, 6))
     setting.optimizer.step()
     assert len(setting.optimizer.state[setting.table]["rows"]) == 11
+
+
+def test_several_threads_may_read_at_once(backend: str) -> None:
+    table = nn.Parameter(torch.zeros(5000, 4))
+    optimizer = SparseAdam([table], lr=0.1, missed_steps="replay", backend=backend)
+    every_row = torch.arange(5000)
+    give_gradient(table, every_row, torch.ones(5000, 4))
+    optimizer.step()
+    before = bits(table)
+    reads = [torch.randint(5000, (20000,), generator=torch.Generator().manual_seed(seed)) for seed in range(32)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda rows: optimizer.catch_up(table, rows), reads))
+    assert bits(table) == before
+    give_gradient(table, every_row, torch.ones(5000, 4))
+    optimizer.step()
+    assert len(optimizer.state[table]["rows"]) == 5000
 
 
 def test_rows_never_touched_are_behind_only_where_weights_decay(backend: str) -> None:
