@@ -25,10 +25,11 @@ SOURCES := $(shell find src csrc -type f -not -name '*.pyc') CMakeLists.txt pypr
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# The dependencies, torch's pinned CPU build among them, change seldom; the package itself with every edit.
+# The dependencies, torch's pinned CPU build among them, change seldom; the package itself with every edit. It is built by
+# tools of the environment both times, so what the first time compiled need not be compiled again.
 $(VENV)/dependencies: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet ".[dev,bench,recipes,works-with]"
+	$(BIN)/pip install --quiet torch==2.13.0 scikit-build-core nanobind cmake ninja
+	$(BIN)/pip install --quiet --no-build-isolation ".[dev,bench,recipes,works-with]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
@@ -75,7 +76,7 @@ sanitize: $(VENV)/installed
 
 # The native step without Python. Without OpenMP the kernel starts threads of its own: GNU's OpenMP runtime is not
 # instrumented, and all that it orders would look like a race.
-STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp csrc/history.cpp \
+STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp csrc/plain_rows.cpp csrc/any_rows.cpp csrc/history.cpp \
   csrc/catch_up.cpp csrc/catch_up_rows.cpp
 STEP_TEST_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread -g -O1 -fno-omit-frame-pointer
 sanitize-threads:

@@ -27,6 +27,8 @@ SOURCES = (
     "step.cpp",
     "partition.cpp",
     "row_update.cpp",
+    "plain_rows.cpp",
+    "any_rows.cpp",
     "history.cpp",
     "catch_up.cpp",
     "catch_up_rows.cpp",

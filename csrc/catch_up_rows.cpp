@@ -268,23 +268,14 @@ CatchUpRows choose(InstructionSet instruction_set) {
 }  // namespace
 
 CatchUpRows catch_up_rows_for(ElementType element, bool stochastic_rounding, InstructionSet instruction_set) {
-  switch (element) {
-    case ElementType::kFloat32:
-      return choose<Replay<float, float, false>>(instruction_set);
-    case ElementType::kFloat64:
-      return choose<Replay<double, double, false>>(instruction_set);
-    case ElementType::kBFloat16:
-      return stochastic_rounding ? choose<Replay<BFloat16, float, true>>(instruction_set)
-                                 : choose<Replay<BFloat16, float, false>>(instruction_set);
-    case ElementType::kFloat16:
-#if defined(SPARSEADAM_HAS_FLOAT16)
-      return stochastic_rounding ? choose<Replay<Float16, float, true>>(instruction_set)
-                                 : choose<Replay<Float16, float, false>>(instruction_set);
-#else
-      return nullptr;
-#endif
-  }
-  return nullptr;
+  return with_types(element, [&](auto table_element, auto moment) {
+    using Element = decltype(table_element);
+    using Moment = decltype(moment);
+    if constexpr (sizeof(Element) < sizeof(Moment)) {
+      if (stochastic_rounding) return choose<Replay<Element, Moment, true>>(instruction_set);
+    }
+    return choose<Replay<Element, Moment, false>>(instruction_set);
+  });
 }
 
 }  // namespace sparseadam

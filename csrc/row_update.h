@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "element.h"
 #include "history.h"
 #include "partition.h"
 
@@ -53,6 +54,26 @@ inline int64_t element_bytes(ElementType element) {
 
 // Bytes of an element of its moments as they are computed, and of sums.
 inline int64_t moment_bytes(ElementType element) { return element == ElementType::kFloat64 ? 8 : 4; }
+
+// Calls choose(element, moment) with a value of each of a table's two types, or returns {} where this build has none.
+template <class Choose>
+auto with_types(ElementType element, Choose choose) -> decltype(choose(float{}, float{})) {
+  switch (element) {
+    case ElementType::kFloat32:
+      return choose(float{}, float{});
+    case ElementType::kFloat64:
+      return choose(double{}, double{});
+    case ElementType::kBFloat16:
+      return choose(BFloat16{}, float{});
+    case ElementType::kFloat16:
+#if defined(SPARSEADAM_HAS_FLOAT16)
+      return choose(Float16{}, float{});
+#else
+      return {};
+#endif
+  }
+  return {};
+}
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 

@@ -1,0 +1,126 @@
+// The walk over the rows of a run: each row's sum, and what is prefetched meanwhile. What an update does to a row is up
+// to the two kinds of rows, which are compiled apart because they take most of the build.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "element.h"
+#include "prefetch.h"
+#include "row_update.h"
+
+namespace sparseadam {
+
+// The functions for the two kinds of rows, or nullptr where this build has none for a type of elements.
+UpdateRows update_plain_rows_for(ElementType element, bool replays, InstructionSet instruction_set);
+UpdateRows update_any_rows_for(ElementType element, InstructionSet instruction_set);
+
+// What a row's moments are multiplied by for the steps it has missed; its clocks then show this step.
+SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory, int64_t slot) {
+  const History& history = memory.history;
+  const int64_t clock = slot * memory.moments.clock_stride;
+  const int64_t written = history.entry_of(memory.moments.moment_steps[clock]);
+  memory.moments.moment_steps[clock] = static_cast<int32_t>(history.step() + 1);
+  memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step() + 1);
+  return history.missed->moment_factors(history, written);
+}
+
+template <class Element, class Moment>
+SPARSEADAM_INLINE void add_values(Moment* __restrict__ sum, const Element* __restrict__ values, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) sum[i] += widen(values[i]);
+}
+
+// Rows of kWidth elements, or of as many as memory.width says where that is 0. The memory is a copy of this function's
+// own, so that the compiler knows the width in all that is inlined here.
+template <class Rows, int64_t kWidth>
+SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& run, const StepScalars& scalars,
+                                            void* scratch) {
+  if (kWidth > 0) memory.width = kWidth;
+  using Element = typename Rows::Element;
+  using Moment = typename Rows::Moment;
+  const int64_t width = memory.width;
+  auto* sum = static_cast<Moment*>(scratch);
+  const Rows rows(memory, scalars, sum + width);
+  const Partitioning& lookups = *run.lookups;
+  const Entry* sorted = lookups.sorted();
+  auto* table = static_cast<Element*>(memory.table);
+  const auto* values = static_cast<const Element*>(memory.values);
+  const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
+  const int64_t ahead = prefetch_distance(row_bytes);
+  const int64_t last_entry = run.num_rows == 0 ? 0 : run.ends[run.num_rows - 1] - int64_t{1};
+
+  for (int64_t r = 0; r < run.num_rows; ++r) {
+    if (r + ahead < run.num_rows && run.slots[r + ahead] >= 0) {
+      prefetch(table + lookups.row_of(sorted[run.begins[r + ahead]]) * memory.table_stride, row_bytes);
+      rows.prefetch_moments(run.slots[r + ahead]);
+    }
+    if (run.slots[r] < 0) continue;
+    const int64_t begin = run.begins[r];
+    const int64_t end = run.ends[r];
+    const auto value_at = [&](int64_t entry) {
+      // Values lie where the batch put them, far apart in row order: fetch those of a later entry while using this one.
+      const Entry later = sorted[std::min(entry + ahead, last_entry)];
+      prefetch(values + lookups.position_of(later) * width, row_bytes);
+      return values + lookups.position_of(sorted[entry]) * width;
+    };
+    const int64_t row = lookups.row_of(sorted[begin]);
+    Element* weights = table + row * memory.table_stride;
+    const Element* gradient = value_at(begin);
+    if constexpr (Rows::kTakesValues) {
+      if (end - begin == 1) {
+        rows.update(weights, row, run.slots[r], gradient);
+        continue;
+      }
+    }
+    for (int64_t i = 0; i < width; ++i) sum[i] = widen(gradient[i]);
+    for (int64_t entry = begin + 1; entry < end; ++entry) add_values(sum, value_at(entry), width);
+    rows.update(weights, row, run.slots[r], sum);
+  }
+}
+
+// Loops over rows of a known width need no counting: with fewer instructions between them, more cache lines are on
+// their way at once. 262,144 Zipf lookups into 1,000,000 x 128 took 22 ms on two cores in place of 27, and 65,536 into
+// 1,000,000 x 64 3.8 in place of 4.4. For float32 tables alone: each width is a kernel more to compile.
+template <class Rows>
+SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run, const StepScalars& scalars,
+                                   void* scratch) {
+  if constexpr (Rows::kKnowsWidths) {
+    switch (memory.width) {
+      case 16:
+        return update_rows_of_width<Rows, 16>(memory, run, scalars, scratch);
+      case 32:
+        return update_rows_of_width<Rows, 32>(memory, run, scalars, scratch);
+      case 64:
+        return update_rows_of_width<Rows, 64>(memory, run, scalars, scratch);
+      case 128:
+        return update_rows_of_width<Rows, 128>(memory, run, scalars, scratch);
+    }
+  }
+  update_rows_of_width<Rows, 0>(memory, run, scalars, scratch);
+}
+
+// One function per kind of rows, for one instruction set.
+#define SPARSEADAM_VARIANT(SET, TARGET)                                                                   \
+  template <class Rows>                                                                                   \
+  TARGET void update_rows_##SET(const TableMemory& memory, const RowRun& run, const StepScalars& scalars, \
+                                void* scratch) {                                                          \
+    update_rows<Rows>(memory, run, scalars, scratch);                                                     \
+  }
+
+SPARSEADAM_VARIANT(portable, )
+#if defined(SPARSEADAM_X86)
+SPARSEADAM_VARIANT(avx2, SPARSEADAM_AVX2)
+SPARSEADAM_VARIANT(avx512, SPARSEADAM_AVX512)
+#endif
+#undef SPARSEADAM_VARIANT
+
+template <class Rows>
+UpdateRows update_rows_for(InstructionSet instruction_set) {
+#if defined(SPARSEADAM_X86)
+  if (instruction_set == InstructionSet::kAvx512) return update_rows_avx512<Rows>;
+  if (instruction_set == InstructionSet::kAvx2) return update_rows_avx2<Rows>;
+#endif
+  return update_rows_portable<Rows>;
+}
+
+}  // namespace sparseadam
