@@ -964,6 +964,17 @@ def test_what_would_write_a_whole_table_or_resize_a_file_is_refused(tmp_path: Pa
     assert snapshot(training.optimizer) == before
 
 
+def test_a_table_in_memory_is_resized_beside_one_in_a_file(tmp_path: Path) -> None:
+    mapped = nn.Parameter(memory_mapped(tmp_path / "a.table", 6, 2))
+    table = nn.Parameter(torch.ones(5, 2))
+    optimizer = SparseAdam([mapped, table])
+    optimizer.resize(table, 7)
+    assert table.shape == (7, 2)
+    with pytest.raises(RuntimeError, match=r"parameter 0 .*is for tables and moments in memory"):
+        optimizer.resize(mapped, 8)
+    assert mapped.shape == (6, 2)
+
+
 def test_a_table_that_came_later_is_refused(tmp_path: Path) -> None:
     table = nn.Parameter(torch.zeros(5, 2))
     optimizer = SparseAdam([table], moment_dir=tmp_path / "moments")

@@ -682,7 +682,7 @@ def test_arguments_that_cannot_be_are_refused(what: str) -> None:
 def test_a_dtype_that_no_table_has_is_refused(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match=r"Invalid dtype: torch.complex64. A sharded table has one of float32, "):
+        with pytest.raises(ValueError, match=r"Invalid dtype: torch.complex64. Choose one of float32, "):
             ShardedEmbedding(5, 2, dtype=torch.complex64)
         table = ShardedEmbeddingBag(5, 2, padding_idx=-1, gradient_reduction="mean")  # of one rank, which has it all
         assert repr(table) == "ShardedEmbeddingBag(5, 2, rows 0 to 5 here, padding_idx=4, mode='mean')"

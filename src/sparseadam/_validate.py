@@ -1015,8 +1015,8 @@ def mapped_dense_error(place: Place, path: str) -> RuntimeError:
 def resize_files_error(place: Place) -> RuntimeError:
     """Make the error for resizing what is in files."""
     return RuntimeError(
-        f"resize() of {place} is for tables and moments in memory, and this optimizer has some in files, whose size is "
-        "fixed. Create the table with as many rows as it can come to have: those not touched cost nothing."
+        f"resize() of {place} is for tables and moments in memory, and this table or its moments are in a file, whose size "
+        "is fixed. Create the table with as many rows as it can come to have: those not touched cost nothing."
     )
 
 
@@ -1074,12 +1074,6 @@ def check_padding_idx(padding_idx: object, num_embeddings: int) -> int | None:
             f"Invalid padding_idx: {padding_idx}. It must name a row, in [{-num_embeddings}, {num_embeddings})."
         )
     return padding_idx % num_embeddings
-
-
-def check_shard_dtype(dtype: torch.dtype) -> None:
-    """Refuse a dtype that no table has."""
-    if dtype not in TABLE_DTYPES:
-        raise ValueError(f"Invalid dtype: {dtype}. A sharded table has one of {_TABLE_DTYPE_NAMES}.")
 
 
 def check_ids(ids: object, num_embeddings: int, device: torch.device) -> None:

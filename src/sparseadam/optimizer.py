@@ -697,7 +697,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         place = self._place_of(param)
         _validate.check_resize(param, num_rows, place)
-        if self._has_files():
+        if self._is_in_files(param):
             raise _validate.resize_files_error(place)
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _validate
+from ..initial import Init
 from ..moments import moment_dtype
 from ..reading import ReadCallback
 from .exchange import DistinctRows, Exchange, Traffic
 
-# Rows that are drawn from one seed, wherever the bounds of shards lie.
-_BLOCK = 1024
+# Rows that are drawn at once, which bounds the memory beside the table that it takes.
+_BLOCK = 1 << 16
 
 
 class _Fetched(NamedTuple):
@@ -59,7 +60,7 @@ class ShardedTable(nn.Module):
         self.row_start = min(rank * rows_per_rank, num_embeddings)
         self.row_end = min(self.row_start + rows_per_rank, num_embeddings)
         shard = torch.empty(self.row_end - self.row_start, embedding_dim, device=device, dtype=dtype)
-        _validate.check_shard_dtype(shard.dtype)
+        _validate.check_table_dtype(shard.dtype)
         self.weight = nn.Parameter(shard)
         self._divisor = world_size if gradient_reduction == "mean" else 1
         facts = {
@@ -87,18 +88,16 @@ class ShardedTable(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all rows from a standard normal distribution, and set that of ``padding_idx`` to zero.
 
-        The table depends on the first rank's ``torch.manual_seed`` and not on the number of ranks: rows are drawn by
-        blocks, each from a seed of its own. Every rank must call it, and draws one number from PyTorch's generator.
+        The table depends on the first rank's ``torch.manual_seed`` and not on the number of ranks: a row's values are
+        those of :class:`sparseadam.initial.Init`, functions of seed, row and column. Every rank must call it, and draws
+        one number from PyTorch's generator.
         """
         own_seed = int(torch.randint(2**31, ()))
         ((seed,), *_) = self._exchange.gather([own_seed], "drawing a seed")
-        generator = torch.Generator()
-        drawn = torch.empty(_BLOCK, self.embedding_dim, dtype=moment_dtype(self.weight.dtype))
-        for block in range(self.row_start // _BLOCK, -(-self.row_end // _BLOCK)):
-            drawn.normal_(generator=generator.manual_seed(seed + block))
-            first = block * _BLOCK
-            start, end = max(self.row_start, first), min(self.row_end, first + _BLOCK)
-            self.weight[start - self.row_start : end - self.row_start] = drawn[start - first : end - first]
+        init = Init("normal", 1.0, seed)
+        rows = torch.arange(self.row_start, self.row_end)
+        for part, weights in zip(rows.split(_BLOCK), self.weight.split(_BLOCK), strict=True):
+            weights.copy_(init.values(part, self.embedding_dim, weights.dtype))
         if self.padding_idx is not None and self.row_start <= self.padding_idx < self.row_end:
             self.weight[self.padding_idx - self.row_start] = 0
 
