@@ -1015,8 +1015,8 @@ def mapped_dense_error(place: Place, path: str) -> RuntimeError:
 def resize_files_error(place: Place) -> RuntimeError:
     """Make the error for resizing what is in files."""
     return RuntimeError(
-        f"resize() of {place} is for tables and moments in memory, and this table or its moments are in a file, whose size "
-        "is fixed. Create the table with as many rows as it can come to have: those not touched cost nothing."
+        f"resize() of {place} is for tables and moments in memory, and this table or its moments are in a file, whose "
+        "size is fixed. Create the table with as many rows as it can come to have: those not touched cost nothing."
     )
 
 
