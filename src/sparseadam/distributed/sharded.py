@@ -96,7 +96,7 @@ class ShardedTable(nn.Module):
         ((seed,), *_) = self._exchange.gather([own_seed], "drawing a seed")
         init = Init("normal", 1.0, seed)
         rows = torch.arange(self.row_start, self.row_end)
-        for part, weights in zip(rows.split(_BLOCK), self.weight.split(_BLOCK), strict=True):
+        for part, weights in zip(torch.split(rows, _BLOCK), torch.split(self.weight, _BLOCK), strict=True):
             weights.copy_(init.values(part, self.embedding_dim, weights.dtype))
         if self.padding_idx is not None and self.row_start <= self.padding_idx < self.row_end:
             self.weight[self.padding_idx - self.row_start] = 0
