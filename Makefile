@@ -76,8 +76,8 @@ sanitize: $(VENV)/installed
 
 # The native step without Python. Without OpenMP the kernel starts threads of its own: GNU's OpenMP runtime is not
 # instrumented, and all that it orders would look like a race.
-STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp csrc/plain_rows.cpp csrc/any_rows.cpp csrc/history.cpp \
-  csrc/catch_up.cpp csrc/catch_up_rows.cpp
+STEP_TEST := csrc/tests/step_test.cpp csrc/step.cpp csrc/partition.cpp csrc/row_update.cpp csrc/plain_rows.cpp \
+  csrc/any_rows.cpp csrc/history.cpp csrc/catch_up.cpp csrc/catch_up_rows.cpp
 STEP_TEST_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread -g -O1 -fno-omit-frame-pointer
 sanitize-threads:
 	mkdir -p build/step_test

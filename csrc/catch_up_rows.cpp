@@ -250,19 +250,11 @@ SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const RowList& l
     catch_up_rows<Rows>(memory, list, scratch);                                                    \
   }
 
-SPARSEADAM_VARIANT(portable, )
-#if defined(SPARSEADAM_X86)
-SPARSEADAM_VARIANT(avx2, SPARSEADAM_AVX2)
-SPARSEADAM_VARIANT(avx512, SPARSEADAM_AVX512)
-#endif
+SPARSEADAM_EACH_SET(SPARSEADAM_VARIANT)
 
 template <class Rows>
 CatchUpRows choose(InstructionSet instruction_set) {
-#if defined(SPARSEADAM_X86)
-  if (instruction_set == InstructionSet::kAvx512) return catch_up_rows_avx512<Rows>;
-  if (instruction_set == InstructionSet::kAvx2) return catch_up_rows_avx2<Rows>;
-#endif
-  return catch_up_rows_portable<Rows>;
+  return SPARSEADAM_OF_SET(instruction_set, catch_up_rows, Rows);
 }
 
 }  // namespace

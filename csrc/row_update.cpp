@@ -52,24 +52,7 @@ SPARSEADAM_INLINE void sum_rows(const void* values, int64_t width, const RowRun&
     sum_rows<Element, Moment>(values, width, run, sums);                                                \
   }
 
-SPARSEADAM_VARIANT(portable, )
-#if defined(SPARSEADAM_X86)
-SPARSEADAM_VARIANT(avx2, SPARSEADAM_AVX2)
-SPARSEADAM_VARIANT(avx512, SPARSEADAM_AVX512)
-#endif
-
-template <class Element, class Moment>
-RowKernels with_sums(UpdateRows update_rows, InstructionSet instruction_set) {
-#if defined(SPARSEADAM_X86)
-  if (instruction_set == InstructionSet::kAvx512) {
-    return {update_rows, is_finite_avx512<Element, Moment>, sum_rows_avx512<Element, Moment>};
-  }
-  if (instruction_set == InstructionSet::kAvx2) {
-    return {update_rows, is_finite_avx2<Element, Moment>, sum_rows_avx2<Element, Moment>};
-  }
-#endif
-  return {update_rows, is_finite_portable<Element, Moment>, sum_rows_portable<Element, Moment>};
-}
+SPARSEADAM_EACH_SET(SPARSEADAM_VARIANT)
 
 }  // namespace
 
@@ -97,7 +80,10 @@ RowKernels row_kernels_for(ElementType element, const MomentMemory& moments, boo
                                      ? update_plain_rows_for(element, moments.moment_steps != nullptr, instruction_set)
                                      : update_any_rows_for(element, instruction_set);
   return with_types(element, [&](auto table_element, auto moment) {
-    return with_sums<decltype(table_element), decltype(moment)>(update_rows, instruction_set);
+    using Element = decltype(table_element);
+    using Moment = decltype(moment);
+    return RowKernels{update_rows, SPARSEADAM_OF_SET(instruction_set, is_finite, Element, Moment),
+                      SPARSEADAM_OF_SET(instruction_set, sum_rows, Element, Moment)};
   });
 }
 

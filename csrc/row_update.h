@@ -30,11 +30,24 @@
 #include "partition.h"
 
 // Wide code is enabled per function and chosen at run time; files themselves stay at the platform's floor.
+// SPARSEADAM_EACH_SET defines a VARIANT(SET, TARGET) of a function template for each instruction set, and
+// SPARSEADAM_OF_SET(set, name, types...) is name_SET<types...> for the one that is given.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SPARSEADAM_X86 1
 #define SPARSEADAM_AVX2 __attribute__((target("avx2,f16c")))
 #define SPARSEADAM_AVX512 \
   __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define SPARSEADAM_EACH_SET(VARIANT) \
+  VARIANT(portable, )                \
+  VARIANT(avx2, SPARSEADAM_AVX2)     \
+  VARIANT(avx512, SPARSEADAM_AVX512)
+#define SPARSEADAM_OF_SET(set, name, ...)                        \
+  ((set) == InstructionSet::kAvx512 ? name##_avx512<__VA_ARGS__> \
+   : (set) == InstructionSet::kAvx2 ? name##_avx2<__VA_ARGS__>   \
+                                    : name##_portable<__VA_ARGS__>)
+#else
+#define SPARSEADAM_EACH_SET(VARIANT) VARIANT(portable, )
+#define SPARSEADAM_OF_SET(set, name, ...) ((void)(set), name##_portable<__VA_ARGS__>)
 #endif
 
 namespace sparseadam {

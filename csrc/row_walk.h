@@ -107,20 +107,12 @@ SPARSEADAM_INLINE void update_rows(const TableMemory& memory, const RowRun& run,
     update_rows<Rows>(memory, run, scalars, scratch);                                                     \
   }
 
-SPARSEADAM_VARIANT(portable, )
-#if defined(SPARSEADAM_X86)
-SPARSEADAM_VARIANT(avx2, SPARSEADAM_AVX2)
-SPARSEADAM_VARIANT(avx512, SPARSEADAM_AVX512)
-#endif
+SPARSEADAM_EACH_SET(SPARSEADAM_VARIANT)
 #undef SPARSEADAM_VARIANT
 
 template <class Rows>
 UpdateRows update_rows_for(InstructionSet instruction_set) {
-#if defined(SPARSEADAM_X86)
-  if (instruction_set == InstructionSet::kAvx512) return update_rows_avx512<Rows>;
-  if (instruction_set == InstructionSet::kAvx2) return update_rows_avx2<Rows>;
-#endif
-  return update_rows_portable<Rows>;
+  return SPARSEADAM_OF_SET(instruction_set, update_rows, Rows);
 }
 
 }  // namespace sparseadam

@@ -95,9 +95,10 @@ class ShardedTable(nn.Module):
         own_seed = int(torch.randint(2**31, ()))
         ((seed,), *_) = self._exchange.gather([own_seed], "drawing a seed")
         init = Init("normal", 1.0, seed)
-        rows = torch.arange(self.row_start, self.row_end)
-        for part, weights in zip(torch.split(rows, _BLOCK), torch.split(self.weight, _BLOCK), strict=True):
-            weights.copy_(init.values(part, self.embedding_dim, weights.dtype))
+        for start in range(self.row_start, self.row_end, _BLOCK):
+            rows = torch.arange(start, min(start + _BLOCK, self.row_end))
+            values = init.values(rows, self.embedding_dim, self.weight.dtype)
+            self.weight[start - self.row_start : start - self.row_start + len(rows)] = values
         if self.padding_idx is not None and self.row_start <= self.padding_idx < self.row_end:
             self.weight[self.padding_idx - self.row_start] = 0
 
