@@ -253,7 +253,7 @@ SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const RowList& l
 SPARSEADAM_EACH_SET(SPARSEADAM_VARIANT)
 
 template <class Rows>
-CatchUpRows choose(InstructionSet instruction_set) {
+CatchUpRows choose([[maybe_unused]] InstructionSet instruction_set) {
   return SPARSEADAM_OF_SET(instruction_set, catch_up_rows, Rows);
 }
 

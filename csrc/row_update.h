@@ -47,7 +47,7 @@
                                     : name##_portable<__VA_ARGS__>)
 #else
 #define SPARSEADAM_EACH_SET(VARIANT) VARIANT(portable, )
-#define SPARSEADAM_OF_SET(set, name, ...) ((void)(set), name##_portable<__VA_ARGS__>)
+#define SPARSEADAM_OF_SET(set, name, ...) name##_portable<__VA_ARGS__>
 #endif
 
 namespace sparseadam {

@@ -111,7 +111,7 @@ SPARSEADAM_EACH_SET(SPARSEADAM_VARIANT)
 #undef SPARSEADAM_VARIANT
 
 template <class Rows>
-UpdateRows update_rows_for(InstructionSet instruction_set) {
+UpdateRows update_rows_for([[maybe_unused]] InstructionSet instruction_set) {
   return SPARSEADAM_OF_SET(instruction_set, update_rows, Rows);
 }
 
