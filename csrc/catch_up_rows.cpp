@@ -47,9 +47,11 @@ class Replay {
         exp_avg_(scratch + 2 * memory.width),
         exp_avg_sq_(scratch + 3 * memory.width) {}
 
-  SPARSEADAM_INLINE void prefetch_row(int64_t row, int64_t slot) const {
-    const auto moment_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
+  SPARSEADAM_INLINE void prefetch_table(int64_t row) const {
     prefetch(table_row(row), static_cast<int64_t>(sizeof(Element)) * memory_.width);
+  }
+  SPARSEADAM_INLINE void prefetch_moments(int64_t slot) const {
+    const auto moment_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
     prefetch(exp_avg_of(slot), moment_bytes);
     prefetch(exp_avg_sq_of(slot), moment_bytes);
   }
@@ -235,10 +237,18 @@ class Replay {
 
 template <class Rows>
 SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const RowList& list, void* scratch) {
+  if (list.num_rows == 0) return;
   const Rows rows(memory, static_cast<typename Rows::Moment*>(scratch));
-  const int64_t ahead = prefetch_distance(static_cast<int64_t>(sizeof(typename Rows::Element)) * memory.width);
+  constexpr auto kElementBytes = static_cast<int64_t>(sizeof(typename Rows::Element));
+  const int64_t row_bytes = kElementBytes * memory.width;
+  const int64_t ahead = prefetch_distance(row_bytes);
+  const int64_t rows_spanned = list.rows[list.num_rows - 1] - list.rows[0];
+  const int64_t bytes_apart = rows_spanned * memory.table_stride * kElementBytes / list.num_rows;
+  GroupPrefetch table_ahead(list.num_rows, prefetch_group(row_bytes, bytes_apart));
+  const auto prefetch_table = [&](int64_t r) SPARSEADAM_LAMBDA_INLINE { rows.prefetch_table(list.rows[r]); };
   for (int64_t r = 0; r < list.num_rows; ++r) {
-    if (r + ahead < list.num_rows) rows.prefetch_row(list.rows[r + ahead], list.slots[r + ahead]);
+    table_ahead.reach(r + ahead, prefetch_table);
+    if (r + ahead < list.num_rows) rows.prefetch_moments(list.slots[r + ahead]);
     rows.move(list.rows[r], list.slots[r]);
   }
 }

@@ -42,7 +42,7 @@ int64_t Coalescing::find_rows(int64_t partition) {
   const int64_t end = lookups_.partition_end(partition);
   std::vector<Entry> scratch(static_cast<size_t>(end - begin));
   lookups_.sort_partition(partition, scratch.data());
-  return lookups_.find_rows(partition, begins_ + begin, ends_ + begin, [](int64_t) {}, [](int64_t, int64_t) {});
+  return lookups_.find_rows(partition, begins_ + begin, ends_ + begin);
 }
 
 void Coalescing::sum(const void* values, int64_t width, ElementType element, InstructionSet instruction_set,

@@ -7,6 +7,8 @@
 namespace sparseadam {
 
 #define SPARSEADAM_INLINE inline __attribute__((always_inline))
+// For lambdas that prefetch: to GCC they have no effect, so a call of one that is not inlined at once is dropped.
+#define SPARSEADAM_LAMBDA_INLINE __attribute__((always_inline))
 
 struct BFloat16 {
   uint16_t bits;

@@ -173,4 +173,21 @@ void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
   }
 }
 
+// Without branches on the entries: which of them is its row's last one cannot be foreseen.
+int64_t Partitioning::find_rows(int64_t partition, uint32_t* begins, uint32_t* ends) const {
+  const int64_t begin = partition_begin(partition);
+  const int64_t end = partition_end(partition);
+  if (begin == end) return 0;
+  int64_t r = 0;
+  begins[0] = static_cast<uint32_t>(begin);
+  for (int64_t i = begin; i + 1 < end; ++i) {
+    const auto next = static_cast<uint32_t>(i + 1);
+    ends[r] = next;
+    begins[r + 1] = next;
+    r += (sorted_[i] ^ sorted_[next]) >> position_bits_ != 0 ? 1 : 0;
+  }
+  ends[r] = static_cast<uint32_t>(end);
+  return r + 1;
+}
+
 }  // namespace sparseadam

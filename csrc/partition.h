@@ -60,26 +60,8 @@ class Partitioning {
   void sort_partition(int64_t partition, Entry* scratch);
 
   // After step 2: where the lookups of each row of a partition begin and end among the sorted ones. Returns how many
-  // rows there are; calls look_ahead(entry) for each entry, before its row is read, and on_row(index, row) for each
-  // row.
-  template <class LookAhead, class OnRow>
-  int64_t find_rows(int64_t partition, uint32_t* begins, uint32_t* ends, LookAhead look_ahead, OnRow on_row) const {
-    const int64_t end = partition_end(partition);
-    int64_t num_rows = 0;
-    int64_t last_row = -1;
-    for (int64_t i = partition_begin(partition); i < end; ++i) {
-      look_ahead(i);
-      const int64_t row = row_of(sorted_[i]);
-      if (row != last_row) {
-        begins[num_rows] = static_cast<uint32_t>(i);
-        on_row(num_rows, row);
-        ++num_rows;
-      }
-      ends[num_rows - 1] = static_cast<uint32_t>(i + 1);
-      last_row = row;
-    }
-    return num_rows;
-  }
+  // rows there are.
+  int64_t find_rows(int64_t partition, uint32_t* begins, uint32_t* ends) const;
 
   int64_t partition_begin(int64_t partition) const { return partition_begins_[partition]; }
   int64_t partition_end(int64_t partition) const { return partition_begins_[partition + 1]; }

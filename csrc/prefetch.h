@@ -27,4 +27,36 @@ inline int64_t prefetch_distance(int64_t row_bytes) {
   return std::clamp(kPrefetchBytes / row_bytes, kMinPrefetchRows, kMaxPrefetchRows);
 }
 
+// Rows on pages of their own are prefetched in groups of this many bytes. Before a row's lines can be asked for, the
+// processor walks the page tables, and a prefetch instruction waits for that; the walks of several rows go on at once
+// where little stands between their prefetches. 65,536 Zipf lookups into 10,000,000 x 64 took 12 % less time so, 4,096
+// into 1,000,000 x 64 7 %. Where rows share pages there is nothing to gain, and the even pace is the better one.
+constexpr int64_t kGroupBytes = 2048;
+constexpr int64_t kMaxGroupRows = 16;
+constexpr int64_t kPageBytes = 4096;
+
+// How many rows are prefetched at a time that lie `bytes_apart` on average.
+inline int64_t prefetch_group(int64_t row_bytes, int64_t bytes_apart) {
+  if (row_bytes == 0 || bytes_apart < kPageBytes / 2) return 1;
+  return std::clamp<int64_t>(kGroupBytes / row_bytes, 1, kMaxGroupRows);
+}
+
+// Prefetches the rows of a walk in their order, a group at a time.
+class GroupPrefetch {
+ public:
+  GroupPrefetch(int64_t num_rows, int64_t group) : num_rows_(num_rows), group_(group) {}
+
+  // Calls prefetch_row(i) for each row up to row r, and the rest of its group, for which it was not called before.
+  template <class PrefetchRow>
+  SPARSEADAM_INLINE void reach(int64_t r, PrefetchRow prefetch_row) {
+    if (r < next_) return;
+    const int64_t end = std::min(r + group_, num_rows_);
+    for (; next_ < end; ++next_) prefetch_row(next_);
+  }
+
+ private:
+  int64_t num_rows_, group_;
+  int64_t next_ = 0;
+};
+
 }  // namespace sparseadam

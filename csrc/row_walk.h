@@ -35,6 +35,7 @@ SPARSEADAM_INLINE void add_values(Moment* __restrict__ sum, const Element* __res
 template <class Rows, int64_t kWidth>
 SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& run, const StepScalars& scalars,
                                             void* scratch) {
+  if (run.num_rows == 0) return;
   if (kWidth > 0) memory.width = kWidth;
   using Element = typename Rows::Element;
   using Moment = typename Rows::Moment;
@@ -47,13 +48,18 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   const auto* values = static_cast<const Element*>(memory.values);
   const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
   const int64_t ahead = prefetch_distance(row_bytes);
-  const int64_t last_entry = run.num_rows == 0 ? 0 : run.ends[run.num_rows - 1] - int64_t{1};
+  const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
+  const auto row_at = [&](int64_t r) { return lookups.row_of(sorted[run.begins[r]]); };
+  const int64_t rows_spanned = row_at(run.num_rows - 1) - row_at(0);
+  const int64_t bytes_apart = rows_spanned * memory.table_stride * static_cast<int64_t>(sizeof(Element)) / run.num_rows;
+  GroupPrefetch table_ahead(run.num_rows, prefetch_group(row_bytes, bytes_apart));
+  const auto prefetch_table = [&](int64_t r) SPARSEADAM_LAMBDA_INLINE {
+    if (run.slots[r] >= 0) prefetch(table + row_at(r) * memory.table_stride, row_bytes);
+  };
 
   for (int64_t r = 0; r < run.num_rows; ++r) {
-    if (r + ahead < run.num_rows && run.slots[r + ahead] >= 0) {
-      prefetch(table + lookups.row_of(sorted[run.begins[r + ahead]]) * memory.table_stride, row_bytes);
-      rows.prefetch_moments(run.slots[r + ahead]);
-    }
+    table_ahead.reach(r + ahead, prefetch_table);
+    if (r + ahead < run.num_rows && run.slots[r + ahead] >= 0) rows.prefetch_moments(run.slots[r + ahead]);
     if (run.slots[r] < 0) continue;
     const int64_t begin = run.begins[r];
     const int64_t end = run.ends[r];

@@ -22,24 +22,24 @@ inline void write_slot(const Table& table, int64_t row, int64_t slot) {
   }
 }
 
-inline void prefetch_slot(const Table& table, int64_t row) {
+SPARSEADAM_INLINE void prefetch_slot(const Table& table, int64_t row) {
   const int64_t size = table.wide_slots ? sizeof(int64_t) : sizeof(int32_t);
   __builtin_prefetch(static_cast<const char*>(table.slot_of_row) + row * size, 0, 2);
 }
 
-// How many entries ahead of a walk slots, and what is looked up by slot, are prefetched.
+// How many rows ahead of a loop over them slots, and what is looked up by slot, are prefetched.
 constexpr int64_t kSlotPrefetchDistance = 16;
 
 // Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
 inline int64_t find_slots(const Table& table, const Partitioning& lookups, int64_t partition, uint32_t* begins,
                           uint32_t* ends, int64_t* slots) {
-  const Entry* sorted = lookups.sorted();
-  const int64_t end = lookups.partition_end(partition);
-  const auto prefetch_later = [&](int64_t i) {
-    if (i + kSlotPrefetchDistance < end) prefetch_slot(table, lookups.row_of(sorted[i + kSlotPrefetchDistance]));
-  };
-  return lookups.find_rows(partition, begins, ends, prefetch_later,
-                           [&](int64_t index, int64_t row) { slots[index] = read_slot(table, row); });
+  const int64_t num_rows = lookups.find_rows(partition, begins, ends);
+  const auto row_at = [&](int64_t r) { return lookups.row_of(lookups.sorted()[begins[r]]); };
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (r + kSlotPrefetchDistance < num_rows) prefetch_slot(table, row_at(r + kSlotPrefetchDistance));
+    slots[r] = read_slot(table, row_at(r));
+  }
+  return num_rows;
 }
 
 // Where missed steps are replayed: calls on_row(r) for each row of a run that is behind. A row without a slot has no
