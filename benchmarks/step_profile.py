@@ -1,7 +1,7 @@
 """Where a step's time goes: Python, the check and partition of lookups, and the walk over the rows.
 
-The native call is timed from within ``step()``. A gradient whose last index is outside the table ends after the check
-and partition, so its native call is the time of those; what is left of a good one's is the walk.
+The native call of a steady step is timed from within ``step()``. With a gradient whose last index is outside the table
+it ends after the check and partition, so that is the time of those; what is left of a good one's is the walk.
 """
 
 from __future__ import annotations
@@ -27,8 +27,28 @@ CASES = ("seed", "small", "words", "zipf", "uniform", "wide-zipf", "many-tables"
 PARTS = ("python", "partition", "walk")
 
 
+class TimedSteps:
+    """The native listing of steady steps with a clock around its run."""
+
+    def __init__(self, steady: Any, seconds: list[float]) -> None:
+        """Wrap a listing; each run adds to ``seconds``."""
+        self._steady = steady
+        self._seconds = seconds
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass on what is not timed."""
+        return getattr(self._steady, name)
+
+    def run(self, *arguments: Any) -> Any:
+        """Step, or find out that it cannot be done, and note how long it took."""
+        started = perf_counter()
+        result = self._steady.run(*arguments)
+        self._seconds.append(perf_counter() - started)
+        return result
+
+
 class TimedModule:
-    """The native module with a clock around its step."""
+    """The native module, whose steady steps are timed."""
 
     def __init__(self) -> None:
         """Start with no calls."""
@@ -39,12 +59,9 @@ class TimedModule:
         """Pass on what is not timed."""
         return getattr(self._module, name)
 
-    def step(self, *arguments: Any) -> Any:
-        """Step, and note how long it took."""
-        started = perf_counter()
-        result = self._module.step(*arguments)
-        self.seconds.append(perf_counter() - started)
-        return result
+    def steady_step(self, tensor_type: object) -> TimedSteps:
+        """Return an empty listing."""
+        return TimedSteps(self._module.steady_step(tensor_type), self.seconds)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +120,9 @@ def _cell(record: Record, part: str) -> str:
 COLUMNS = (
     Column("case", "a case of the table above", lambda record: str(record["case"])),
     Column("Python, ms", "step() outside the native call", lambda record: _cell(record, "python")),
-    Column("check and partition, ms", "to the point where all is known to be good", lambda r: _cell(r, "partition")),
+    Column(
+        "read, check and partition, ms", "to the point where all is known to be good", lambda r: _cell(r, "partition")
+    ),
     Column("sort and walk, ms", "sort in cache, slots, sums, moments and table rows", lambda r: _cell(r, "walk")),
 )
 
