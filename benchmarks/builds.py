@@ -1,8 +1,8 @@
 """The native step of the working tree against that of other revisions, on the same memory, in turns.
 
 Where a machine is shared, two runs of one build differ by more than most changes bring, and so do two copies of a
-table. Here the steps of all builds are loaded into one process and take turns on one set of tables. The base is built
-twice: what its builds differ by cannot be told from nothing.
+table. Here the steps of all builds are loaded into one process and take turns on one set of tables. The base is loaded
+twice: what the two differ by cannot be told from nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from sparseadam.bench.cases import Case, case_named
 from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import Seconds, spread_of, take_rounds
-from sparseadam.bench.report import Column, Record, figure
+from sparseadam.bench.report import Column, Record, spread_figures
 from sparseadam.bench.workload import NUM_GRADIENTS, Workload
 
 BUILD = ROOT / "build" / "builds"
@@ -118,14 +119,14 @@ def _build(name: str, sources: Path) -> Path:
     return library
 
 
-def _build_revision(revision: str, name: str) -> Path:
-    sources = BUILD / name
+def _build_revision(revision: str) -> Path:
+    sources = BUILD / "base"
     sources.mkdir(parents=True, exist_ok=True)
     archive = subprocess.run(["git", "archive", revision, "csrc"], cwd=ROOT, capture_output=True, check=False)
     if archive.returncode != 0:
         raise BenchError(f"git knows no csrc of {revision!r}: {archive.stderr.decode().strip()}")
     subprocess.run(["tar", "-x", "-C", str(sources)], input=archive.stdout, check=True)
-    return _build(name, sources / "csrc")
+    return _build("base", sources / "csrc")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,9 +139,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> Iterator[Record]:
     BUILD.mkdir(parents=True, exist_ok=True)
     base = options.base
+    built = _build_revision(base)
     libraries = {
-        base: _build_revision(base, "base"),
-        AGAIN: _build_revision(base, "base-again"),
+        base: built,
+        AGAIN: Path(shutil.copy(built, BUILD / "base-again.so")),
         TREE: _build("tree", ROOT / "csrc"),
     }
     for name in options.case or (*CASES, HUGE.name):
@@ -161,18 +163,15 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
         }
 
 
-def _milliseconds(record: Record, build: str) -> str:
-    spread = record["ms"][build]
-    return f"{figure(spread['median'])} ({figure(spread['low'])} to {figure(spread['high'])})"
-
-
 COLUMNS = (
     Column("case", "name of the case", lambda record: str(record["case"])),
-    Column("base, ms", "a step of the base: median (20th to 80th percentile)", lambda r: _milliseconds(r, r["base"])),
-    Column("tree, ms", "the same of the working tree", lambda record: _milliseconds(record, TREE)),
+    Column(
+        "base, ms", "a step of the base: median (20th to 80th percentile)", lambda r: spread_figures(r["ms"][r["base"]])
+    ),
+    Column("tree, ms", "the same of the working tree", lambda record: spread_figures(record["ms"][TREE])),
     Column(
         "base again, times",
-        "the base built once more: median of the rounds' ratios",
+        "the base loaded once more: median of the rounds' ratios",
         lambda record: f"{record['times_base'][AGAIN]:.3f}x",
     ),
     Column("tree, times", "the working tree: the same", lambda record: f"{record['times_base'][TREE]:.3f}x"),

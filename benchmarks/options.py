@@ -15,7 +15,7 @@ from sparseadam import SparseAdam
 from sparseadam.bench.cases import CASES, case_named
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import SparseStep, spread_of, take_rounds
-from sparseadam.bench.report import Column, Record, figure
+from sparseadam.bench.report import Column, Record, figure, spread_figures
 from sparseadam.bench.workload import Workload
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,14 +54,9 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
         }
 
 
-def _milliseconds(record: Record) -> str:
-    spread = record["ms"]
-    return f"{figure(spread['median'])} ({figure(spread['low'])} to {figure(spread['high'])})"
-
-
 COLUMNS = (
     Column("option", "all others at their defaults", lambda record: record["option"]),
-    Column("step, ms", "median (20th to 80th percentile)", _milliseconds),
+    Column("step, ms", "median (20th to 80th percentile)", lambda record: spread_figures(record["ms"])),
     Column(
         "times the defaults'", "median of the rounds' ratios", lambda record: f"{figure(record['times_defaults'])}x"
     ),

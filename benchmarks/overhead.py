@@ -13,7 +13,7 @@ from common import Script, run, within
 from sparseadam.bench.cases import TORCH_SPARSE, Case
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import OURS, Seconds, SparseStep, Spread, our_optimizer, spread_of, take_rounds
-from sparseadam.bench.report import Column, Record, figure
+from sparseadam.bench.report import Column, Record, spread_figures
 from sparseadam.bench.workload import Workload
 
 NUM_TABLES = (1, 2, 4, 8, 16, 32, 64)
@@ -59,8 +59,7 @@ def _slope(seconds: Seconds, name: str) -> float:
 
 def _cell(record: Record, name: str) -> str:
     spread = record[name]
-    text = f"{figure(spread['median'])} ({figure(spread['low'])} to {figure(spread['high'])})"
-    return within(spread["median"], record["limits"].get(name), text)
+    return within(spread["median"], record["limits"].get(name), spread_figures(spread))
 
 
 COLUMNS = (

@@ -14,7 +14,7 @@ from sparseadam import SparseAdam
 from sparseadam.bench.cases import CASES, FUSED_WITH_GRADIENT, case_named
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import FusedAdam, Seconds, SparseStep, spread_of, take_rounds
-from sparseadam.bench.report import Column, Record, figure
+from sparseadam.bench.report import Column, Record, figure, spread_figures
 from sparseadam.bench.workload import NUM_GRADIENTS, Workload
 
 # Times a step that skips, and times faster than dense fused Adam with its gradient made.
@@ -80,11 +80,6 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
         }
 
 
-def _milliseconds(record: Record, name: str) -> str:
-    spread = record["ms"][name]
-    return f"{figure(spread['median'])} ({figure(spread['low'])} to {figure(spread['high'])})"
-
-
 def _times_skip(record: Record) -> str:
     return within(record["times_skip"], LIMITS.get(record["case"]), f"{record['times_skip']:.2f}x")
 
@@ -103,10 +98,12 @@ def _bytes_a_row(record: Record) -> str:
 COLUMNS = (
     Column("case", "name of the case", lambda record: str(record["case"])),
     Column(
-        "skip, ms", "a step that skips: median (20th to 80th percentile)", lambda record: _milliseconds(record, SKIP)
+        "skip, ms",
+        "a step that skips: median (20th to 80th percentile)",
+        lambda record: spread_figures(record["ms"][SKIP]),
     ),
-    Column("replay, ms", "catching up and the step", lambda record: _milliseconds(record, REPLAY)),
-    Column("of it catching up", "the first of the two", lambda record: _milliseconds(record, CATCH_UP)),
+    Column("replay, ms", "catching up and the step", lambda record: spread_figures(record["ms"][REPLAY])),
+    Column("of it catching up", "the first of the two", lambda record: spread_figures(record["ms"][CATCH_UP])),
     Column("times skip", "median of the rounds' ratios; the limit in brackets", _times_skip),
     Column("faster than dense", "than dense fused Adam with its gradient made; the target in brackets", _times_dense),
     Column("more bytes a touched row", "of state, the numbers of the steps included", _bytes_a_row),

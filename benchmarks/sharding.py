@@ -31,7 +31,7 @@ from sparseadam.bench.cases import row_source
 from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import spread_of
-from sparseadam.bench.report import Column, Record, figure
+from sparseadam.bench.report import Column, Record, figure, spread_figures
 from sparseadam.distributed import ShardedEmbedding, replicate
 
 NUM_BATCHES = 8
@@ -207,11 +207,6 @@ def _measure_distribution(options: argparse.Namespace, distribution: str) -> Ite
         }
 
 
-def _milliseconds(record: Record) -> str:
-    spread = record["ms"]
-    return f"{figure(spread['median'])} ({figure(spread['low'])} to {figure(spread['high'])})"
-
-
 def _kilobytes(record: Record, key: str) -> str:
     return "-" if record[key] is None else f"{record[key] / 1e3:,.0f}"
 
@@ -224,7 +219,11 @@ def _of_least(record: Record) -> str:
 COLUMNS = (
     Column("ids", "how the lookups fall on rows", lambda record: record["distribution"]),
     Column("way", "processes of one thread each where nothing else is said", lambda record: record["way"]),
-    Column("step, ms", "forward, backward and optimizer: median (20th to 80th percentile)", _milliseconds),
+    Column(
+        "step, ms",
+        "forward, backward and optimizer: median (20th to 80th percentile)",
+        lambda record: spread_figures(record["ms"]),
+    ),
     Column(
         "times one process",
         "median over turns of the ratio of their medians",

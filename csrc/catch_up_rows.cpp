@@ -242,9 +242,8 @@ SPARSEADAM_INLINE void catch_up_rows(const TableMemory& memory, const RowList& l
   constexpr auto kElementBytes = static_cast<int64_t>(sizeof(typename Rows::Element));
   const int64_t row_bytes = kElementBytes * memory.width;
   const int64_t ahead = prefetch_distance(row_bytes);
-  const int64_t rows_spanned = list.rows[list.num_rows - 1] - list.rows[0];
-  const int64_t bytes_apart = rows_spanned * memory.table_stride * kElementBytes / list.num_rows;
-  GroupPrefetch table_ahead(list.num_rows, prefetch_group(row_bytes, bytes_apart));
+  GroupPrefetch table_ahead(list.num_rows, row_bytes, list.rows[list.num_rows - 1] - list.rows[0],
+                            memory.table_stride * kElementBytes);
   const auto prefetch_table = [&](int64_t r) SPARSEADAM_LAMBDA_INLINE { rows.prefetch_table(list.rows[r]); };
   for (int64_t r = 0; r < list.num_rows; ++r) {
     table_ahead.reach(r + ahead, prefetch_table);

@@ -36,16 +36,15 @@ constexpr int64_t kGroupBytes = 2048;
 constexpr int64_t kMaxGroupRows = 16;
 constexpr int64_t kBytesApart = 5120;  // a page is 4,096
 
-// How many rows are prefetched at a time that lie `bytes_apart` on average.
-inline int64_t prefetch_group(int64_t row_bytes, int64_t bytes_apart) {
-  if (row_bytes == 0 || bytes_apart < kBytesApart) return 1;
-  return std::clamp<int64_t>(kGroupBytes / row_bytes, 1, kMaxGroupRows);
-}
-
 // Prefetches the rows of a walk in their order, a group at a time.
 class GroupPrefetch {
  public:
-  GroupPrefetch(int64_t num_rows, int64_t group) : num_rows_(num_rows), group_(group) {}
+  // `rows_spanned`: how far the last row lies from the first one, `stride_bytes` from row to row.
+  GroupPrefetch(int64_t num_rows, int64_t row_bytes, int64_t rows_spanned, int64_t stride_bytes)
+      : num_rows_(num_rows), group_(1) {
+    if (row_bytes == 0 || rows_spanned * stride_bytes / num_rows < kBytesApart) return;
+    group_ = std::clamp<int64_t>(kGroupBytes / row_bytes, 1, kMaxGroupRows);
+  }
 
   // Calls prefetch_row(i) for each row up to row r, and the rest of its group, for which it was not called before.
   template <class PrefetchRow>

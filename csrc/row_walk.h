@@ -50,9 +50,8 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   const int64_t ahead = prefetch_distance(row_bytes);
   const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
   const auto row_at = [&](int64_t r) { return lookups.row_of(sorted[run.begins[r]]); };
-  const int64_t rows_spanned = row_at(run.num_rows - 1) - row_at(0);
-  const int64_t bytes_apart = rows_spanned * memory.table_stride * static_cast<int64_t>(sizeof(Element)) / run.num_rows;
-  GroupPrefetch table_ahead(run.num_rows, prefetch_group(row_bytes, bytes_apart));
+  GroupPrefetch table_ahead(run.num_rows, row_bytes, row_at(run.num_rows - 1) - row_at(0),
+                            memory.table_stride * static_cast<int64_t>(sizeof(Element)));
   const auto prefetch_table = [&](int64_t r) SPARSEADAM_LAMBDA_INLINE {
     if (run.slots[r] >= 0) prefetch(table + row_at(r) * memory.table_stride, row_bytes);
   };

@@ -92,6 +92,12 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def spread_figures(spread: Mapping[str, float], factor: float = 1.0) -> str:
+    """Write a record's median and, in brackets, its spread, all multiplied by ``factor``."""
+    median, low, high = (figure(factor * spread[name]) for name in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
 def _shape(record: Record) -> str:
     dtype = "" if record["dtype"] == "float32" else f" {record['dtype']}"
     return f"{record['tables']} x {record['rows']:,} x {record['dim']}{dtype}"
@@ -102,8 +108,7 @@ def _lookups(record: Record) -> str:
 
 
 def _milliseconds(record: Record) -> str:
-    median, low, high = (record["seconds"][OURS][name] * 1e3 for name in ("median", "low", "high"))
-    return f"{figure(median)} ({figure(low)} to {figure(high)})"
+    return spread_figures(record["seconds"][OURS], 1e3)
 
 
 def _times(name: str) -> Callable[[Record], str]:
