@@ -29,6 +29,9 @@ class AnyRows {
         exp_avg_(scratch + 2 * memory.width),
         exp_avg_sq_(scratch + 3 * memory.width) {}
 
+  // As in plain_rows.cpp.
+  SPARSEADAM_INLINE bool moves_weights() const { return moments_.moment_steps == nullptr; }
+
   SPARSEADAM_INLINE void prefetch_moments(int64_t slot) const {
     prefetch(at<char>(moments_.exp_avg, slot * moments_.exp_avg_stride * exp_avg_bytes()),
              memory_.width * exp_avg_bytes());
@@ -64,10 +67,11 @@ class AnyRows {
     } else {
       update_second(slot, gradient, scalars, key);
     }
+    store_exp_avg(slot, exp_avg, key);
+    if (!moves_weights()) return;
     for (int64_t i = 0; i < memory_.width; ++i) {
       weights_[i] = next_weight<Moment>(widen(table[i]), exp_avg[i], denoms_[i], scalars);
     }
-    store_exp_avg(slot, exp_avg, key);
     store_weights(table, key);
   }
 

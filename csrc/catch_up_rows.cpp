@@ -59,18 +59,18 @@ class Replay {
   SPARSEADAM_INLINE void move(int64_t row, int64_t slot) const {
     const int64_t clock = slot * memory_.moments.clock_stride;
     const History& history = memory_.history;
-    const int64_t begin = history.entry_of(memory_.moments.weight_steps[clock]);
+    int64_t begin = history.entry_of(memory_.moments.weight_steps[clock]);
     const int64_t written = history.entry_of(memory_.moments.moment_steps[clock]);
     memory_.moments.weight_steps[clock] = static_cast<int32_t>(history.step());
 
     Element* table = table_row(row);
-    const MomentScales scales = scales_at(begin, written);
     for (int64_t i = 0; i < memory_.width; ++i) weights_[i] = widen(table[i]);
-    if (scales.first >= kNegligible * scales.root_of_second) {
-      move_weights(begin, exp_avg_of(slot), exp_avg_sq_of(slot), scales);
-    } else {
-      decay_weights(begin);
+    // The step that wrote the moments is the first one to replay, but for a beta1 that nothing can be divided by.
+    if (written > begin && steps_[written].beta1 <= kNegligible) {
+      take_own_step(weights_, exp_avg_of(slot), exp_avg_sq_of(slot), memory_.width, scalars_of(written));
+      begin = written;
     }
+    if (begin < history.num_steps) replay(begin, slot, scales_at(begin, written));
     store(table, row);
   }
 
@@ -88,15 +88,41 @@ class Replay {
     return log_decay == last_.log_decay ? 1.0 : std::exp(last_.log_decay - log_decay);
   }
 
-  // What moments written at one entry have been multiplied by at another; most rows were written when they were last
-  // moved.
+  // What moments written at one entry are to be multiplied by, to be those of another. Most rows were last stepped just
+  // after they were last moved, and the sums for where they were moved to begin with that step: its betas are taken out
+  // of the moments.
   struct MomentScales {
     double first, root_of_second;
   };
   SPARSEADAM_INLINE MomentScales scales_at(int64_t entry, int64_t written) const {
     if (entry == written) return {1.0, 1.0};
+    if (entry + 1 == written) return {1.0 / steps_[written].beta1, 1.0 / std::sqrt(steps_[written].beta2)};
     return {std::exp(steps_[entry].log_beta1 - steps_[written].log_beta1),
             std::exp((steps_[entry].log_beta2 - steps_[written].log_beta2) / 2)};
+  }
+
+  // The numbers of a step, betas as they are for moments that a gradient of zero is added to.
+  SPARSEADAM_INLINE Scalars<Moment> scalars_of(int64_t entry) const {
+    const StepNumbers& step = steps_[entry];
+    return Scalars<Moment>({step.beta1, 0.0, step.beta2, 0.0, step.step_size, step.root_scale, step.eps,
+                            std::exp(step.log_decay - steps_[entry - 1].log_decay), 0.0, 0.0, 0.0, 0.0, 0.0});
+  }
+
+  static SPARSEADAM_INLINE void take_own_step(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+                                              const Moment* __restrict__ exp_avg_sq, int64_t width,
+                                              const Scalars<Moment>& scalars) {
+    for (int64_t i = 0; i < width; ++i) {
+      weights[i] = next_weight(weights[i], exp_avg[i], denominator(exp_avg_sq[i], scalars), scalars);
+    }
+  }
+
+  // Moves the weights by the steps after an entry, all of which the row has missed.
+  SPARSEADAM_INLINE void replay(int64_t begin, int64_t slot, MomentScales scales) const {
+    if (scales.first >= kNegligible * scales.root_of_second) {
+      move_weights(begin, exp_avg_of(slot), exp_avg_sq_of(slot), scales);
+    } else {
+      decay_weights(begin);
+    }
   }
 
   SPARSEADAM_INLINE void decay_weights(int64_t begin) const {
@@ -193,12 +219,9 @@ class Replay {
     double left = scales.first / scales.root_of_second;
     int64_t entry = begin;
     while (entry < memory_.history.num_steps && left >= kNegligible) {
-      const double decayed_to = steps_[entry].log_decay;
-      const StepNumbers& step = steps_[++entry];
-      left *= step.beta1 / std::sqrt(step.beta2);
-      const Scalars<Moment> scalars({step.beta1, 0.0, step.beta2, 0.0, step.step_size, step.root_scale, step.eps,
-                                     std::exp(step.log_decay - decayed_to), 0.0, 0.0, 0.0, 0.0, 0.0});
-      walk_step(weights_, exp_avg_, exp_avg_sq_, memory_.width, scalars);
+      ++entry;
+      left *= steps_[entry].beta1 / std::sqrt(steps_[entry].beta2);
+      walk_step(weights_, exp_avg_, exp_avg_sq_, memory_.width, scalars_of(entry));
     }
     decay_weights(entry);
   }

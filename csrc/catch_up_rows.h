@@ -14,7 +14,7 @@ struct RowList {
   int64_t num_rows;
 };
 
-// Moves the weights of each row of a list by the steps it has missed. `scratch` as for UpdateRows.
+// Moves the weights of each row of a list by the steps that they have yet to take. `scratch` as for UpdateRows.
 using CatchUpRows = void (*)(const TableMemory&, const RowList&, void* scratch);
 
 // The function for a table, or nullptr where this build has none for its type of elements.

@@ -4,7 +4,8 @@
 //
 //   step_size_j * b1^n * m / (b2^(n/2) * sqrt(v) * root_scale_j + eps)  =  w_n * m / (d_n * sqrt(v) + eps)
 //
-// (b1^n and b2^n stand for products of the steps' own betas), after its weights were multiplied by decay_j. w_n and d_n
+// (b1^n and b2^n stand for products of the steps' own betas), after its weights were multiplied by decay_j. The step
+// s + 1 may be one that it did not miss, but in which only its moments were written: catch_up_rows.cpp. w_n and d_n
 // depend on s and j alone, so sums over n are kept for every s. With x = 1 / (c * sqrt(v) + eps) for any c > 0,
 // y = c * sqrt(v) * x and h_n = (d_n - c) / c, the fraction is w_n * x / (1 + h_n * y), and
 //

@@ -27,6 +27,9 @@ class PlainRows {
         exp_avg_(static_cast<Moment*>(memory.moments.exp_avg)),
         exp_avg_sq_(static_cast<Moment*>(memory.moments.exp_avg_sq)) {}
 
+  // Where missed steps are replayed, weights wait for it: catch_up moves them by this step and by those it misses then.
+  static constexpr bool moves_weights() { return !kReplays; }
+
   SPARSEADAM_INLINE void prefetch_moments(int64_t slot) const {
     const auto num_bytes = static_cast<int64_t>(sizeof(Moment)) * memory_.width;
     prefetch(exp_avg_ + slot * memory_.moments.exp_avg_stride, num_bytes);
@@ -58,7 +61,9 @@ class PlainRows {
       const Moment second = next_exp_avg_sq(exp_avg_sq[i], grad * grad, scalars);
       exp_avg[i] = first;
       exp_avg_sq[i] = second;
-      narrow(next_weight<Moment>(widen(table[i]), first, denominator(second, scalars), scalars), &table[i]);
+      if constexpr (moves_weights()) {
+        narrow(next_weight<Moment>(widen(table[i]), first, denominator(second, scalars), scalars), &table[i]);
+      }
     }
   }
 

@@ -15,13 +15,14 @@ namespace sparseadam {
 UpdateRows update_plain_rows_for(ElementType element, bool replays, InstructionSet instruction_set);
 UpdateRows update_any_rows_for(ElementType element, InstructionSet instruction_set);
 
-// What a row's moments are multiplied by for the steps it has missed; its clocks then show this step.
+// What a row's moments are multiplied by for the steps it has missed; its clocks then show that they have taken this
+// step, and its weights have not.
 SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory, int64_t slot) {
   const History& history = memory.history;
   const int64_t clock = slot * memory.moments.clock_stride;
   const int64_t written = history.entry_of(memory.moments.moment_steps[clock]);
   memory.moments.moment_steps[clock] = static_cast<int32_t>(history.step() + 1);
-  memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step() + 1);
+  memory.moments.weight_steps[clock] = static_cast<int32_t>(history.step());
   return history.missed->moment_factors(history, written);
 }
 
@@ -53,7 +54,7 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   GroupPrefetch table_ahead(run.num_rows, row_bytes, row_at(run.num_rows - 1) - row_at(0),
                             memory.table_stride * static_cast<int64_t>(sizeof(Element)));
   const auto prefetch_table = [&](int64_t r) SPARSEADAM_LAMBDA_INLINE {
-    if (run.slots[r] >= 0) prefetch(table + row_at(r) * memory.table_stride, row_bytes);
+    if (rows.moves_weights() && run.slots[r] >= 0) prefetch(table + row_at(r) * memory.table_stride, row_bytes);
   };
 
   for (int64_t r = 0; r < run.num_rows; ++r) {

@@ -50,7 +50,7 @@ struct Fault {
   int64_t table = -1;
   BadIndex bad_index;            // its first, if any
   std::vector<int64_t> rows;     // else its first rows that are refused, ascending
-  bool rows_are_behind = false;  // why: they have missed steps that they were not moved by, or are not finite
+  bool rows_are_behind = false;  // why: their weights have yet to take steps, or their gradient is not finite
 };
 
 // Updates all tables in place, or none: with a fault nothing has been written. The caller guarantees room for one slot

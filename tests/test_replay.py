@@ -5,10 +5,11 @@ with every row updated in every step. How far replaying may stray from it, besid
 
 A row that moves by :math:`n` missed steps is moved by a sum whose terms are at most
 :math:`\mathrm{lr}\,r^j |m|/\sqrt v`, :math:`r = \beta_1/\sqrt{\beta_2}` (both corrections together shorten a step,
-never lengthen it, for the betas here). Steps with :math:`r^j` below 1e-9 are left out, and the others are off by a
-share of 1e-9 of their sum in float64 and 2**-22 in float32, so each time a row catches up it strays by at most
+never lengthen it, for the betas here). The row's own step comes first, as one that it missed, with :math:`j = 0` but
+counted as 1. Steps with :math:`r^{j+1}` below 1e-9 are left out, and the others are off by a share of 1e-9 of their sum
+in float64 and 2**-22 in float32, so each time a row catches up it strays by at most
 
-.. math:: (10^{-9} + \mathrm{share})\,\frac{\mathrm{lr}}{1-r}\,\frac{|m|}{\sqrt v}, \qquad
+.. math:: (10^{-9}/r + \mathrm{share})\,\frac{\mathrm{lr}}{1-r}\,\frac{|m|}{\sqrt v}, \qquad
     \frac{|m|}{\sqrt v} \le \frac{1-\beta_1}{\sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}}
 
 the last by the Cauchy-Schwarz inequality over the gradients that both moments are sums of.
@@ -93,7 +94,8 @@ class DenseAdam:
         """What catching up after every step would add."""
         ratio = b1 / math.sqrt(b2)
         largest = (1 - b1) / math.sqrt((1 - b2) * (1 - ratio * ratio))
-        return (NEGLIGIBLE + SHARE[self.dtype]) * lr / (1 - ratio) * largest
+        left_out = NEGLIGIBLE / ratio if b1 > NEGLIGIBLE else NEGLIGIBLE  # where the own step is not in the sums
+        return (left_out + SHARE[self.dtype]) * lr / (1 - ratio) * largest
 
     def assert_close(self, theta: Tensor) -> None:
         """Compare a table that is up to date."""
@@ -292,15 +294,17 @@ class Setting:
 
 
 def behind(backend: str | None, dtype: torch.dtype = torch.float32, **options: Any) -> Setting:
-    """Touch rows 0 to 9 of 20, then step three times on row 0 alone."""
+    """Touch rows 0 to 9 of 20, then step three times on row 0 alone, which is up to date."""
     generator = torch.Generator().manual_seed(5)
     table = nn.Parameter(torch.randn(20, 6, generator=generator).to(dtype))
     optimizer = SparseAdam([("words", table)], lr=0.1, missed_steps="replay", backend=backend, **options)
     give_gradient(table, torch.arange(10), torch.randn(10, 6, generator=generator))
     optimizer.step()
     for _ in range(3):
+        optimizer.catch_up(table, torch.tensor([0]))
         give_gradient(table, torch.tensor([0]), torch.randn(1, 6, generator=generator))
         optimizer.step()
+    optimizer.catch_up(table, torch.tensor([0]))
     return Setting(table, optimizer)
 
 
@@ -317,6 +321,23 @@ def test_catching_up_moves_the_rows_it_is_told_and_no_others(backend: str) -> No
     once = setting.table.detach().clone()
     setting.optimizer.catch_up(setting.table, torch.arange(20)[[4]])
     assert torch.equal(setting.table.detach(), once)
+
+
+def test_weights_take_a_step_when_they_are_next_read(backend: str) -> None:
+    setting = behind(backend, weight_decay=0.1)
+    peer = torch.optim.AdamW([nn.Parameter(setting.table.detach().clone())], lr=0.1, weight_decay=0.1)
+    (dense,) = peer.param_groups[0]["params"]
+    setting.optimizer.flush()
+    dense.data = setting.table.detach().clone()
+    peer.load_state_dict(setting.optimizer.to_torch_state_dict())
+    give_gradient(setting.table, torch.tensor([4, 15]), torch.ones(2, 6))
+    dense.grad = setting.table.grad.to_dense()
+    before = setting.table.detach().clone()
+    setting.optimizer.step()
+    peer.step()
+    assert bits(setting.table) == bits(before)
+    setting.optimizer.catch_up(setting.table, torch.arange(20))
+    torch.testing.assert_close(setting.table, dense, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_never_touched_decay_as_well(backend: str) -> None:
@@ -471,19 +492,22 @@ def test_rows_just_read_whose_gradient_is_not_finite_are_refused_and_nothing_cha
 
 
 def test_several_threads_may_read_at_once(backend: str) -> None:
-    table = nn.Parameter(torch.zeros(5000, 4))
-    optimizer = SparseAdam([table], lr=0.1, missed_steps="replay", backend=backend)
     every_row = torch.arange(5000)
-    give_gradient(table, every_row, torch.ones(5000, 4))
-    optimizer.step()
-    before = bits(table)
     reads = [torch.randint(5000, (20000,), generator=torch.Generator().manual_seed(seed)) for seed in range(32)]
+    tables = [nn.Parameter(torch.zeros(5000, 4)) for _ in range(2)]
+    optimizers = [SparseAdam([table], lr=0.1, missed_steps="replay", backend=backend) for table in tables]
+    for table, optimizer in zip(tables, optimizers, strict=True):
+        give_gradient(table, every_row, torch.ones(5000, 4))
+        optimizer.step()
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda rows: optimizer.catch_up(table, rows), reads))
-    assert bits(table) == before
-    give_gradient(table, every_row, torch.ones(5000, 4))
-    optimizer.step()
-    assert len(optimizer.state[table]["rows"]) == 5000
+        list(threads.map(lambda rows: optimizers[0].catch_up(tables[0], rows), reads))
+    for rows in reads:
+        optimizers[1].catch_up(tables[1], rows)
+    assert (tables[1] != 0).all()
+    assert bits(tables[0]) == bits(tables[1])
+    give_gradient(tables[0], every_row, torch.ones(5000, 4))
+    optimizers[0].step()
+    assert len(optimizers[0].state[tables[0]]["rows"]) == 5000
 
 
 def test_rows_never_touched_are_behind_only_where_weights_decay(backend: str) -> None:
@@ -821,6 +845,16 @@ def test_forgotten_rows_owe_nothing_and_others_are_as_they_were(backend: str, we
     assert torch.equal(setting.table.detach()[kept], other.table.detach()[kept])
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_rows_take_their_last_step_before_they_are_forgotten(backend: str, weight_decay: float) -> None:
+    forgetting, reading = behind(backend, weight_decay=weight_decay), behind(backend, weight_decay=weight_decay)
+    before = forgetting.table.detach().clone()
+    forgetting.optimizer.forget(forgetting.table, torch.tensor([15, 4]))
+    reading.optimizer.catch_up(reading.table, torch.tensor([15, 4]))
+    assert (forgetting.table.detach()[4] != before[4]).all()
+    assert bits(forgetting.table) == bits(reading.table)
+
+
 def test_a_skipped_row_has_missed_the_step(backend: str) -> None:
     skipping, missing = behind(backend, nonfinite="skip"), behind(backend)
     for setting, rows in ((skipping, [0, 4]), (missing, [0])):
@@ -881,6 +915,7 @@ def test_small_moves_of_half_precision_weights_add_up_where_rounding_is_stochast
         optimizer = SparseAdam([table], lr=1e-3, missed_steps="replay", stochastic_rounding=stochastic, backend=backend)
         give_gradient(table, torch.tensor([1]), torch.ones(1, 4096))
         optimizer.step()
+        optimizer.catch_up(table, torch.tensor([1]))
         with torch.no_grad():
             table.fill_(1.0)
         for _ in range(30):

@@ -1,8 +1,8 @@
 r"""The numbers of the steps that rows may have missed, kept until every row is up to date again.
 
-With ``missed_steps="replay"`` a row that a step does not touch is moved later, when it is next read, as dense Adam
-would have moved it at once: in a missed step the gradient is zero. So the numbers of each step are kept, in double
-precision, from the last step on at which all rows were up to date.
+With ``missed_steps="replay"`` a row is moved when it is next read, by its own last step and by those it has missed
+since, as dense Adam would have moved it at once: in a missed step the gradient is zero. So the numbers of each step are
+kept, in double precision, from the last step on at which all rows were up to date.
 
 After :math:`n` missed steps a row's first moment has been multiplied by :math:`\prod\beta_1` and the root of its second
 by :math:`\prod\sqrt{\beta_2}`, so what it moves by falls as :math:`r^n` with :math:`r = \beta_1/\sqrt{\beta_2}` does.

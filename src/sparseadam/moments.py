@@ -427,7 +427,7 @@ class Moments(MutableMapping[str, Any]):
         return changed
 
     def are_behind(self, slots: Tensor) -> Tensor:
-        """Return which of some slots' rows have missed steps that their weights have yet to be moved by."""
+        """Return which of some slots' rows have weights that have yet to take a step."""
         weight_steps: Tensor = self["weight_steps"]
         return weight_steps[slots] < self.step
 

@@ -117,10 +117,11 @@ class SparseAdam(torch.optim.Optimizer):
         missed_steps: what to do about the steps in which a row was not looked up: ``"skip"`` them, or ``"replay"`` them
             when the row is next read, so that tables go dense Adam's way: in a missed step the gradient is zero, so
             momentum moves the row on, both moments decay, and ``weight_decay`` is that of
-            :class:`torch.optim.AdamW` whatever ``weight_decay_mode`` says. Needs :meth:`attach` (or
-            :meth:`catch_up`) and, before weights are read directly, :meth:`flush`; 8 bytes a touched row and the
-            numbers of each step. Not with ``amsgrad``, ``moment_dtype``, ``bias_correction="row"`` or
-            ``second_moment="row"``, and only with betas of which the first is below the root of the second.
+            :class:`torch.optim.AdamW` whatever ``weight_decay_mode`` says. Weights take all of it when they are read,
+            and the steps on their own gradients too. Needs :meth:`attach` (or :meth:`catch_up`) and, before weights
+            are read or written directly, :meth:`flush`; 8 bytes a touched row and the numbers of each step. Not with
+            ``amsgrad``, ``moment_dtype``, ``bias_correction="row"`` or ``second_moment="row"``, and only with betas of
+            which the first is below the root of the second.
         moment_dir: a directory to keep the moments of tables in, in files, for moments larger than memory and for runs
             that go on after they were killed: :meth:`checkpoint` commits tables and moments together. With a new or
             empty directory the optimizer starts anew and commits what it is given; with one that has a commit it goes
@@ -570,7 +571,7 @@ class SparseAdam(torch.optim.Optimizer):
         return replay.attach(model, tables, self._catch_up_if_own, self.flush)
 
     def catch_up(self, param: Tensor, rows: Tensor) -> None:
-        """Move rows of a table by the steps they have missed, before they are read.
+        """Move rows of a table by the steps that their weights have yet to take, before they are read.
 
         What :meth:`attach` does for modules that it knows. Rows that are up to date are left as they are. Of a table
         with ``missed_steps="skip"`` no row is ever behind.
@@ -600,11 +601,16 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_rows(rows, place)
         moments = self._kept(table, place, options)
         if isinstance(moments, Moments) and moments.history is not None:
-            if self._is_in_files(table):
-                _validate.check_row_range(rows, moments.num_rows, place)
-                behind = update.rows_behind(moments, torch.unique(rows))
-                self._before_writing([Write(table, moments, behind)])
-            replay.catch_up(table, moments, rows, place, options, self._backend)
+            self._bring_rows_up_to_date(table, moments, rows, place, options)
+
+    def _bring_rows_up_to_date(
+        self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions
+    ) -> None:
+        if self._is_in_files(table):
+            _validate.check_row_range(rows, moments.num_rows, place)
+            behind = update.rows_behind(moments, torch.unique(rows))
+            self._before_writing([Write(table, moments, behind)])
+        replay.catch_up(table, moments, rows, place, options, self._backend)
 
     def flush(self) -> None:
         """Bring whole tables up to date, in groups with ``missed_steps="replay"`` or ``weight_decay_mode="exact"``.
@@ -651,7 +657,8 @@ class SparseAdam(torch.optim.Optimizer):
         """Take from rows of a table all that is kept for them, as for rows given to a new owner.
 
         They are then as if never touched: no moments, no count of touches. Their weights are left alone, and all other
-        rows and their state are, bit for bit. With ``weight_decay_mode="exact"`` the rows owe nothing afterwards.
+        rows and their state are, bit for bit. With ``weight_decay_mode="exact"`` the rows owe nothing afterwards; with
+        ``missed_steps="replay"`` they are brought up to date first.
 
         Args:
             param: the table, one of this optimizer's.
@@ -663,7 +670,8 @@ class SparseAdam(torch.optim.Optimizer):
             IndexError: a row outside the table.
         """
         place = self._place_of(param)
-        kept = self._kept(param, place, _validate.check_group(place.group, place.group_index))
+        options = _validate.check_group(place.group, place.group_index)
+        kept = self._kept(param, place, options)
         _validate.check_rows(rows, place)
         # Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
         num_rows = param.numel() if kept is None else kept.num_rows if isinstance(kept, Moments) else len(param)
@@ -672,6 +680,9 @@ class SparseAdam(torch.optim.Optimizer):
             rows = torch.unique(rows.to(kept.device))
             if self._directory is not None:
                 kept = self._directory.keep(kept, place)
+            if kept.history is not None:
+                self._bring_rows_up_to_date(param, kept, rows, place, options)
+            if self._directory is not None:
                 self._directory.before_forgetting(kept, rows)
             kept.forget(rows)
             self.state[param] = kept

@@ -1,13 +1,15 @@
 r"""Replaying missed steps: rows are brought to where dense Adam would have them before they are read.
 
-With ``missed_steps="replay"`` a step moves the touched rows alone, as always, and notes its numbers (``history.py``). A
-row that is about to be read is first moved by all the steps it has missed, which ``update.catch_up`` does; here it is
+With ``missed_steps="replay"`` a step updates the moments of the touched rows alone and notes its numbers
+(``history.py``). A row that is about to be read is first moved by all the steps that its weights have yet to take: its
+own last one, whose gradient its moments hold, and those it has missed since. ``update.catch_up`` does that; here it is
 decided when. ``docs/replay.md`` derives it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +27,26 @@ _ROWS_A_STEP = 64
 
 _ROWS_AT_ONCE = 1 << 16
 
+# Threads may read the same rows at once, as replicas of a model do, and each row is to be moved once.
+_CATCHING_UP = Lock()
+
 
 def catch_up(
     table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions, backend: str | None
 ) -> None:
-    """Move ``rows`` of a table by what they have missed.
+    """Move ``rows`` of a table by the steps that their weights have yet to take; threads that do so take turns.
 
     Raises:
         IndexError: a row outside the table. Nothing was changed.
     """
     rows = rows.to(table.device).contiguous()
-    update.catch_up(RowsRead(place, table, moments, rows, options.seed or 0, options.stochastic_rounding), backend)
+    read = RowsRead(place, table, moments, rows, options.seed or 0, options.stochastic_rounding)
+    with _CATCHING_UP:
+        update.catch_up(read, backend)
 
 
 def flush(table: Tensor, moments: Moments, place: Place, options: GroupOptions, backend: str | None) -> None:
-    """Move all rows of a table by what they have missed; a new history begins."""
+    """Move all rows of a table by the steps that their weights have yet to take; a new history begins."""
     history = moments.history
     assert history is not None, "only where missed steps are replayed"
     if history.num_steps == 0:
@@ -54,7 +61,7 @@ def flush(table: Tensor, moments: Moments, place: Place, options: GroupOptions, 
 
 
 def has_rows_behind(moments: Moments) -> bool:
-    """Whether any row of a table has missed steps that move it."""
+    """Whether the weights of any row of a table have yet to take a step."""
     if moments.history is None:
         return False
     slots = torch.arange(moments.num_slots, device=moments.device)

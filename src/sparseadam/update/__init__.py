@@ -144,7 +144,9 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
 
 
 def catch_up(read: RowsRead, backend: str | None) -> None:
-    """Move rows by the steps they have missed, by the named backend or the fastest that can; no step is counted.
+    """Move rows by the steps that their weights have yet to take, by the named backend or the fastest that can.
+
+    No step is counted.
 
     Raises:
         IndexError: a row outside the table; nothing was written.

@@ -75,7 +75,7 @@ class RowUpdate(NamedTuple):
 
 
 class RowsRead(NamedTuple):
-    """Rows of a table that are about to be read and may be behind; its moments replay what they missed.
+    """Rows of a table that are about to be read and may be behind; its moments replay missed steps.
 
     ``rows`` is int64 ``[num_rows_read]``, contiguous, on the table's device, in any order and with repeats.
     """

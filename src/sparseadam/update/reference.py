@@ -16,7 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from .. import _validate, rounding
 from .._validate import Place
-from ..history import BETA1, BETA2, EPS, LOG_BETA1, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
+from ..history import BETA1, BETA2, EPS, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
 from ..moments import Moments, StateLayout
 from ._types import NONFINITE, ROWS_NAMED, RowsRead, RowUpdate, StepScalars, bias_corrections
 
@@ -155,7 +155,10 @@ def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
         moments["max_exp_avg_sq"][slots] = exp_avg_sq
 
     if moments.layout.replays:
-        moments.set_clocks(slots, moments.step + 1)
+        # Weights wait: catch_up moves them by this step and by those that the row misses then.
+        moments["moment_steps"][slots] = moments.step + 1
+        moments["weight_steps"][slots] = moments.step
+        return
 
     denom = _as_rows(exp_avg_sq, grad).sqrt().mul(root_scale).add_(scalars.eps)
     change = exp_avg.mul_(step_size).div_(denom)
@@ -237,7 +240,7 @@ def _write_table(
 
 
 def rows_behind(moments: Moments, rows: Tensor) -> Tensor:
-    """Return which of ``rows`` (distinct, inside the table) have missed steps that move them."""
+    """Return which of ``rows`` (distinct, inside the table) have yet to take steps that move them."""
     assert moments.history is not None, "only where missed steps are replayed"
     slots = moments.slot_of_row[rows].to(torch.int64) - 1
     # A row without a slot has no moments: weight decay alone moves it.
@@ -248,10 +251,10 @@ def rows_behind(moments: Moments, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def catch_up(read: RowsRead) -> None:
-    """Take the rows that are about to be read through the steps they have missed, one by one.
+    """Take the rows that are about to be read through the steps that their weights have yet to take, one by one.
 
-    In a missed step the gradient is zero. Steps that come so late that they are negligible (``history.py``) only decay
-    weights.
+    The first may be the row's own, in which its moments were written; in those that it has missed the gradient is zero.
+    Steps that come so late that they are negligible (``history.py``) only decay weights.
 
     Raises:
         IndexError: a row outside the table; nothing was written.
@@ -278,9 +281,11 @@ def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
     assert moments.history is not None, "only where missed steps are replayed"
     base = moments.history.base
     numbers = moments.history.numbers().to(moments.device)
-    # A row that has just got its slot has a clock of zero, and was up to date at the base.
-    begin = moments["weight_steps"][slots].to(torch.int64).clamp(min=base)
-    factors = moments.missed_factors(slots, begin)
+    # A row that has just got its slot has clocks of zero, and was up to date at the base.
+    entries, written = (
+        moments[name][slots].to(torch.int64).clamp(min=base) - base for name in ("weight_steps", "moment_steps")
+    )
+    factors = moments.missed_factors(slots, base + torch.maximum(entries, written))
     exp_avg, exp_avg_sq = (
         moments[name][slots] * moments.as_rows(factor)
         for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True)
@@ -288,7 +293,6 @@ def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
     # Of what the moments were when they were written, what is left of their quotient: r**n.
     left = factors[0] / factors[1].sqrt()
     rows = torch.arange(len(slots), device=moments.device)
-    entries = begin - base
     moved_to = entries.clone()
     while True:
         is_moving = (entries < moments.history.num_steps) & (left >= NEGLIGIBLE)
@@ -296,11 +300,13 @@ def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
             break
         rows, entries, left = rows[is_moving], entries[is_moving] + 1, left[is_moving]
         step = numbers[entries]
-        left = left * step[:, BETA1] / step[:, BETA2].sqrt()
-        of_row = {column: moments.as_rows(step[:, column]) for column in range(LOG_BETA1)}
-        exp_avg = exp_avg[is_moving] * of_row[BETA1]
-        exp_avg_sq = exp_avg_sq[is_moving] * of_row[BETA2]
-        change = of_row[STEP_SIZE] * exp_avg / (exp_avg_sq.sqrt() * of_row[ROOT_SCALE] + of_row[EPS])
+        # The step that wrote a row's moments has its gradient in them; from the next one on they decay.
+        betas = torch.where((entries == written[rows])[:, None], 1.0, step[:, [BETA1, BETA2]])
+        left = left * betas[:, 0] / betas[:, 1].sqrt()
+        exp_avg = exp_avg[is_moving] * moments.as_rows(betas[:, 0])
+        exp_avg_sq = exp_avg_sq[is_moving] * moments.as_rows(betas[:, 1])
+        step_size, root_scale, eps = (moments.as_rows(step[:, column]) for column in (STEP_SIZE, ROOT_SCALE, EPS))
+        change = step_size * exp_avg / (exp_avg_sq.sqrt() * root_scale + eps)
         decay = moments.as_rows((step[:, LOG_DECAY] - numbers[entries - 1, LOG_DECAY]).exp())
         weights[rows] = weights[rows] * decay - change
         moved_to[rows] = entries
