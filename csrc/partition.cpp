@@ -4,12 +4,18 @@
 #include <cstring>
 #include <limits>
 
+#include "element.h"
+
 namespace sparseadam {
 
 namespace {
 
-// A partition of about this many lookups is sorted inside the first-level cache (8 bytes an entry, two buffers).
-constexpr int64_t kLookupsPerPartition = 1024;
+// A partition of about this many lookups is sorted inside the first-level cache, or nearly so (8 bytes an entry, two
+// buffers). With half as many 65,536 Zipf lookups into 100,000 x 16 took 10 % more time on two cores, into 1,000,000 x
+// 64 3 %. They are half as large where threads would have less than kPartitionsPerThread each to share out otherwise.
+constexpr int64_t kLookupsPerPartition = 2048;
+constexpr int64_t kMinLookupsPerPartition = kLookupsPerPartition / 2;
+constexpr int64_t kPartitionsPerThread = 4;
 constexpr int64_t kMaxPartitions = 4096;
 constexpr int64_t kMinChunkSize = 8192;
 // Below this many entries a comparison sort beats clearing and scanning radix counters.
@@ -49,15 +55,48 @@ inline bool is_in_range(const Lookups& lookups, int64_t begin, int64_t end) {
   return outside >> 63 == 0;
 }
 
+// Items are taken from this many stretches at once. An item reads and writes its bucket's counter, and the next one of
+// that bucket waits for it; those of another stretch have counters of their own. 65,536 Zipf lookups into
+// 1,000,000 x 64 took 3 % less time with two than with one, and 26 tables 5 %; four brought no more.
+constexpr int64_t kLanes = 2;
+
+// Puts items into buckets, bucket after bucket, those of one bucket in their order. `counters` has room for kLanes *
+// num_buckets; returned is the part of it that says where each bucket ends.
+template <class BucketOf, class EntryOf>
+SPARSEADAM_INLINE const uint32_t* scatter(int64_t num_items, int64_t num_buckets, BucketOf bucket_of, EntryOf entry_of,
+                                          uint32_t* __restrict__ counters, Entry* __restrict__ to) {
+  std::memset(counters, 0, sizeof(uint32_t) * static_cast<size_t>(kLanes * num_buckets));
+  const int64_t stretch = num_items / kLanes;
+  uint32_t* last_lane = counters + (kLanes - 1) * num_buckets;  // which takes what is left over as well
+  for (int64_t i = 0; i < stretch; ++i) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) ++counters[lane * num_buckets + bucket_of(lane * stretch + i)];
+  }
+  for (int64_t i = kLanes * stretch; i < num_items; ++i) ++last_lane[bucket_of(i)];
+
+  uint32_t begin = 0;
+  for (int64_t bucket = 0; bucket < num_buckets; ++bucket) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const uint32_t count = counters[lane * num_buckets + bucket];
+      counters[lane * num_buckets + bucket] = begin;
+      begin += count;
+    }
+  }
+  for (int64_t i = 0; i < stretch; ++i) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t item = lane * stretch + i;
+      to[counters[lane * num_buckets + bucket_of(item)]++] = entry_of(item);
+    }
+  }
+  for (int64_t i = kLanes * stretch; i < num_items; ++i) to[last_lane[bucket_of(i)]++] = entry_of(i);
+  return last_lane;
+}
+
 // One stable counting pass over `bits` bits from `shift` up.
 void radix_pass(const Entry* from, Entry* to, int64_t count, int shift, int bits) {
-  uint32_t begins[(1 << kMaxDigitBits) + 1];
+  uint32_t counters[kLanes << kMaxDigitBits];
   const Entry mask = (Entry{1} << bits) - 1;
-  const int64_t num_buckets = int64_t{1} << bits;
-  std::memset(begins, 0, sizeof(uint32_t) * static_cast<size_t>(num_buckets + 1));
-  for (int64_t i = 0; i < count; ++i) ++begins[((from[i] >> shift) & mask) + 1];
-  for (int64_t bucket = 1; bucket < num_buckets; ++bucket) begins[bucket] += begins[bucket - 1];
-  for (int64_t i = 0; i < count; ++i) to[begins[(from[i] >> shift) & mask]++] = from[i];
+  const auto digit_of = [=](int64_t i) { return static_cast<int64_t>((from[i] >> shift) & mask); };
+  scatter(count, int64_t{1} << bits, digit_of, [=](int64_t i) { return from[i]; }, counters, to);
 }
 
 }  // namespace
@@ -69,14 +108,15 @@ bool Partitioning::fits(int64_t num_rows, int64_t num_lookups) {
   return bit_width(last_row) + bit_width(last_position) <= 64 && last_position < std::numeric_limits<uint32_t>::max();
 }
 
-void Partitioning::plan(const Lookups& lookups, int64_t num_rows, Arena& arena) {
+void Partitioning::plan(const Lookups& lookups, int64_t num_rows, int num_threads, Arena& arena) {
   lookups_ = lookups;
   num_rows_ = num_rows;
   const int64_t num_lookups = lookups.num_lookups;
   position_bits_ = bit_width(static_cast<uint64_t>(std::max<int64_t>(num_lookups - 1, 0)));
   position_mask_ = (Entry{1} << position_bits_) - 1;
 
-  const int64_t wanted = std::clamp<int64_t>(num_lookups / kLookupsPerPartition, 1, kMaxPartitions);
+  const int64_t to_share = std::min(kPartitionsPerThread * num_threads, num_lookups / kMinLookupsPerPartition);
+  const int64_t wanted = std::clamp<int64_t>(std::max(num_lookups / kLookupsPerPartition, to_share), 1, kMaxPartitions);
   const int64_t last_row = std::max<int64_t>(num_rows - 1, 0);
   range_bits_ = 0;
   while ((last_row >> range_bits_) >= wanted) ++range_bits_;
@@ -107,29 +147,28 @@ BadIndex Partitioning::partition_chunk(int64_t chunk) {
   if (!is_in_range(lookups_, begin, end)) return find_bad_index(begin, end);
 
   if (lookups_.sparse_dim == 1) {
-    scatter_chunk(chunk, begin, end, [this](int64_t i) { return lookups_.indices[i]; });
+    scatter_chunk(chunk, begin, end, [indices = lookups_.indices](int64_t i) { return indices[i]; });
   } else {
-    scatter_chunk(chunk, begin, end, [this](int64_t i) { return flatten_row(lookups_, i); });
+    scatter_chunk(chunk, begin, end, [lookups = lookups_](int64_t i) { return flatten_row(lookups, i); });
   }
   return {};
 }
 
 template <class RowAt>
 void Partitioning::scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowAt row_at) {
+  // Not in segment_begins_, where other threads write to the same cache lines: on two cores 65,536 Zipf lookups into
+  // 100,000 x 16 took a fifth less time so.
+  uint32_t counters[kLanes * kMaxPartitions];
+  const int range_bits = range_bits_;
+  const int position_bits = position_bits_;
+  const auto partition_of = [=](int64_t i) { return row_at(begin + i) >> range_bits; };
+  const auto entry_of = [=](int64_t i) {
+    return (static_cast<Entry>(row_at(begin + i)) << position_bits) | static_cast<Entry>(begin + i);
+  };
+  const uint32_t* ends = scatter(end - begin, num_partitions_, partition_of, entry_of, counters, scattered_ + begin);
   uint32_t* segments = segment_begins_ + chunk * (num_partitions_ + 1);
-  std::fill(segments, segments + num_partitions_ + 1, 0);
-  for (int64_t i = begin; i < end; ++i) ++segments[(row_at(i) >> range_bits_) + 1];
-  for (int64_t p = 1; p <= num_partitions_; ++p) segments[p] += segments[p - 1];
-
-  Entry* scattered = scattered_ + begin;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = row_at(i);
-    const Entry entry = (static_cast<Entry>(row) << position_bits_) | static_cast<Entry>(i);
-    scattered[segments[row >> range_bits_]++] = entry;
-  }
-  // Each begin has moved to its segment's end, which is the next one's begin: shift them back by one place.
-  std::copy_backward(segments, segments + num_partitions_, segments + num_partitions_ + 1);
   segments[0] = 0;
+  std::copy(ends, ends + num_partitions_, segments + 1);
 }
 
 void Partitioning::finish_partitioning() {

@@ -42,8 +42,9 @@ class Partitioning {
   // Whether rows and positions of this size fit into an Entry together.
   static bool fits(int64_t num_rows, int64_t num_lookups);
 
-  // Plans chunks and row ranges and takes memory for them, which must last until the step is over.
-  void plan(const Lookups& lookups, int64_t num_rows, Arena& arena);
+  // Plans chunks and row ranges for a number of threads, on which no result depends, and takes memory for them, which
+  // must last until the step is over.
+  void plan(const Lookups& lookups, int64_t num_rows, int num_threads, Arena& arena);
 
   int64_t num_rows() const { return num_rows_; }
   int64_t num_chunks() const { return num_chunks_; }

@@ -27,6 +27,19 @@ inline int64_t prefetch_distance(int64_t row_bytes) {
   return std::clamp(kPrefetchBytes / row_bytes, kMinPrefetchRows, kMaxPrefetchRows);
 }
 
+// The same for the values of a walk's lookups. Between those of two lookups comes what the update needs of a row, but
+// only once for all lookups of the row: the more it has, the more lookups ahead it must be until as many bytes are on
+// their way. For 262,144 Zipf lookups into 1,000,000 x 128 a step took 4 to 5 % less time than with rows' own distance.
+constexpr int64_t kBytesOnTheirWay = 32768;
+constexpr int64_t kStreamsARow = 3;  // the table and both moments
+constexpr int64_t kMaxPrefetchLookups = 64;
+
+inline int64_t prefetch_distance_of_values(int64_t row_bytes, int64_t num_rows, int64_t num_lookups) {
+  const int64_t bytes = row_bytes * (kStreamsARow * num_rows + num_lookups);
+  if (bytes == 0) return kMinPrefetchRows;
+  return std::clamp(kBytesOnTheirWay * num_lookups / bytes, kMinPrefetchRows, kMaxPrefetchLookups);
+}
+
 // Rows farther apart than pages are prefetched in groups of this many bytes. Before a row's lines can be asked for, the
 // processor walks the page tables, and a prefetch instruction waits for that; the walks of several rows go on at once
 // where little stands between their prefetches. 65,536 Zipf lookups into 10,000,000 x 64 took 9 % less time so. Where

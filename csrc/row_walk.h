@@ -50,6 +50,7 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
   const int64_t ahead = prefetch_distance(row_bytes);
   const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
+  const int64_t values_ahead = prefetch_distance_of_values(row_bytes, run.num_rows, last_entry + 1 - run.begins[0]);
   const auto row_at = [&](int64_t r) { return lookups.row_of(sorted[run.begins[r]]); };
   GroupPrefetch table_ahead(run.num_rows, row_bytes, row_at(run.num_rows - 1) - row_at(0),
                             memory.table_stride * static_cast<int64_t>(sizeof(Element)));
@@ -65,7 +66,7 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
     const int64_t end = run.ends[r];
     const auto value_at = [&](int64_t entry) {
       // Values lie where the batch put them, far apart in row order: fetch those of a later entry while using this one.
-      const Entry later = sorted[std::min(entry + ahead, last_entry)];
+      const Entry later = sorted[std::min(entry + values_ahead, last_entry)];
       prefetch(values + lookups.position_of(later) * width, row_bytes);
       return values + lookups.position_of(sorted[entry]) * width;
     };
