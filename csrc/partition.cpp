@@ -142,8 +142,8 @@ BadIndex Partitioning::find_bad_index(int64_t begin, int64_t end) const {
 }
 
 BadIndex Partitioning::partition_chunk(int64_t chunk) {
-  const int64_t begin = chunk * chunk_size_;
-  const int64_t end = std::min(begin + chunk_size_, lookups_.num_lookups);
+  const int64_t begin = chunk_begin(chunk);
+  const int64_t end = chunk_begin(chunk + 1);
   if (!is_in_range(lookups_, begin, end)) return find_bad_index(begin, end);
 
   if (lookups_.sparse_dim == 1) {
@@ -196,7 +196,7 @@ void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
   Entry* cursor = from;
   for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
     const uint32_t* segments = segment_begins_ + chunk * (num_partitions_ + 1);
-    const Entry* chunk_entries = scattered_ + chunk * chunk_size_;
+    const Entry* chunk_entries = scattered_ + chunk_begin(chunk);
     cursor = std::copy(chunk_entries + segments[partition], chunk_entries + segments[partition + 1], cursor);
   }
   if (!use_radix) {

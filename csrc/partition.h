@@ -13,6 +13,7 @@
 // lookups of a row stay in lookup order and their sum does not depend on the number of chunks or threads.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -50,6 +51,9 @@ class Partitioning {
   int64_t num_chunks() const { return num_chunks_; }
   int64_t num_partitions() const { return num_partitions_; }
   int64_t largest_partition() const { return largest_partition_; }
+
+  // Where a chunk's lookups begin, or the last one's end.
+  int64_t chunk_begin(int64_t chunk) const { return std::min(chunk * chunk_size_, lookups_.num_lookups); }
 
   // Step 1, for one chunk. Thread-safe for distinct chunks. Checks every index it reads.
   BadIndex partition_chunk(int64_t chunk);
