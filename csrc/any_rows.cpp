@@ -162,7 +162,9 @@ class AnyRows {
       under_root = at<Moment>(moments_.max_exp_avg_sq, begin);
       for (int64_t i = 0; i < memory_.width; ++i) under_root[i] = larger(exp_avg_sq[i], under_root[i]);
     }
-    for (int64_t i = 0; i < memory_.width; ++i) denoms_[i] = denominator(under_root[i], scalars);
+    if (moves_weights()) {
+      for (int64_t i = 0; i < memory_.width; ++i) denoms_[i] = denominator(under_root[i], scalars);
+    }
     if (moments_.type == MomentType::kBFloat16) {
       store_bfloat16(exp_avg_sq, at<BFloat16>(moments_.exp_avg_sq, begin), key, Rounded::kExpAvgSq);
     } else if (moments_.type == MomentType::kCode8) {

@@ -1,7 +1,6 @@
 #include "catch_up.h"
 
 #include <algorithm>
-#include <mutex>
 #include <vector>
 
 #include "arena.h"
@@ -51,7 +50,7 @@ class Call {
     found_.ends = found_.arena.take<uint32_t>(read_.num_rows_read);
     found_.slots = found_.arena.take<int64_t>(read_.num_rows_read);
     found_.num_rows = found_.arena.take<int64_t>(lookups_.num_partitions());
-    rows_kept_ = found_.arena.take<int64_t>(read_.num_rows_read);
+    found_.rows = found_.arena.take<int64_t>(read_.num_rows_read);
     workspace_.arena.reset();
     workspace_.new_rows = workspace_.arena.take<uint32_t>(read_.num_rows_read);
     workspace_.num_new_rows = workspace_.arena.take<int64_t>(lookups_.num_partitions());
@@ -63,7 +62,7 @@ class Call {
     auto partition_chunk = [&](int64_t chunk, int) {
       workspace_.bad[static_cast<size_t>(chunk)] = lookups_.partition_chunk(chunk);
       const int64_t begin = lookups_.chunk_begin(chunk);
-      std::copy(read_.rows + begin, read_.rows + lookups_.chunk_begin(chunk + 1), rows_kept_ + begin);
+      std::copy(read_.rows + begin, read_.rows + lookups_.chunk_begin(chunk + 1), found_.rows + begin);
     };
     team.for_each(lookups_.num_chunks(), partition_chunk);
     for (const BadIndex& bad : workspace_.bad) {
@@ -149,7 +148,6 @@ class Call {
   }
 
   void keep_found_rows() {
-    found_.rows = rows_kept_;
     found_.num_rows_read = read_.num_rows_read;
     found_.num_slots = read_.num_slots;
     found_.step = read_.history.step();
@@ -162,14 +160,12 @@ class Call {
   Partitioning& lookups_;
   TableMemory memory_{};
   CatchUpRows catch_up_rows_;
-  int64_t* rows_kept_ = nullptr;  // of found_, until it may be used
   std::vector<int64_t> counts_;
 };
 
 }  // namespace
 
 BadIndex catch_up(RowsRead& read, InstructionSet instruction_set, int max_threads) {
-  const std::lock_guard<std::mutex> lock(read.history.found->mutex);
   read.history.missed->advance(read.history);
   if (read.num_rows_read == 0) return {};
   Borrowed<Workspace> workspace;

@@ -22,6 +22,7 @@ struct RowsRead {
 
 // Moves the rows that are behind, in place, and sets their clocks; or none of them, where a row is outside the table,
 // which is returned. Moments stay as they were last written. The result does not depend on the number of threads.
+// Calls for one history do not overlap.
 BadIndex catch_up(RowsRead& read, InstructionSet instruction_set, int num_threads);
 
 }  // namespace sparseadam

@@ -7,7 +7,9 @@
 namespace sparseadam {
 
 #define SPARSEADAM_INLINE inline __attribute__((always_inline))
-// For lambdas that prefetch: to GCC they have no effect, so a call of one that is not inlined at once is dropped.
+// For lambdas that prefetch: to GCC they have no effect, so a call of one that is not inlined at once is dropped. And
+// for those that hold a kernel: outside the function of an instruction set they would be compiled for the platform's
+// floor.
 #define SPARSEADAM_LAMBDA_INLINE __attribute__((always_inline))
 
 struct BFloat16 {

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <mutex>
 
 #include "arena.h"
 #include "partition.h"
@@ -15,11 +14,10 @@
 namespace sparseadam {
 
 struct FoundRows {
-  std::mutex mutex;  // held while rows catch up: models may be read in several threads
-  Arena arena;       // holds all of the following
+  Arena arena;  // holds all of the following
   Partitioning lookups;
-  const int64_t* rows;  // [num_rows_read], as they were read
-  uint32_t* begins;     // of each partition's rows in the sorted lookups
+  int64_t* rows;     // [num_rows_read], as they were read
+  uint32_t* begins;  // of each partition's rows in the sorted lookups
   uint32_t* ends;
   int64_t* slots;     // of each partition's rows, -1 where there is none
   int64_t* num_rows;  // per partition

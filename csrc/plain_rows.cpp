@@ -27,7 +27,7 @@ class PlainRows {
         exp_avg_(static_cast<Moment*>(memory.moments.exp_avg)),
         exp_avg_sq_(static_cast<Moment*>(memory.moments.exp_avg_sq)) {}
 
-  // Where missed steps are replayed, weights wait for it: catch_up moves them by this step and by those it misses then.
+  // Where missed steps are replayed, weights wait until they are read: catch_up.h moves them by this step as well.
   static constexpr bool moves_weights() { return !kReplays; }
 
   SPARSEADAM_INLINE void prefetch_moments(int64_t slot) const {

@@ -15,9 +15,8 @@
 // - AMSGrad: the root is of the largest exp_avg_sq so far (Reddi et al., 2018).
 // - A row's own correction: t is the row's count of touches; step_size and root_scale are computed for each row.
 // - Owed decay: decay is exp(log_decay - paid), all that the row missed and this step's own.
-// - Missed steps that are replayed: moments are multiplied by the betas of the steps that the row missed, too. The
-// table
-//   stays as it is: catch_up.h moves the row by this step, when it is next read.
+// - Missed steps that are replayed: moments are multiplied by the betas of the steps that the row missed, too. Its
+//   weights stay as they are until they are next read: catch_up.h moves them by this step as well.
 // - Moments of fewer bits: decoded before and encoded after, by stochastic rounding (rounding.h).
 //
 // Accumulation is in the type of the moments: double for double tables, float for all others. The code is plain loops,

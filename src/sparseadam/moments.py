@@ -431,11 +431,6 @@ class Moments(MutableMapping[str, Any]):
         weight_steps: Tensor = self["weight_steps"]
         return weight_steps[slots] < self.step
 
-    def set_clocks(self, slots: Tensor, step: int) -> None:
-        """Note that moments and weights of some slots' rows have been brought up to a step."""
-        for name in CLOCKS:
-            self[name][slots] = step
-
     def settle(self) -> None:
         """Count missed steps into all moments, once all rows' weights are up to date: a new history begins."""
         for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
@@ -443,7 +438,8 @@ class Moments(MutableMapping[str, Any]):
             factors = self.missed_factors(slots, self.step)
             for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True):
                 self[name][begin : begin + len(slots)] *= self.as_rows(factor)
-            self.set_clocks(slots, self.step)
+            for name in CLOCKS:
+                self[name][slots] = self.step
         self.history = History(self.step)
 
     def missed_factors(self, slots: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
