@@ -257,13 +257,15 @@ NB_MODULE(_native, m) {
       .def("add_group", &SteadyStep::add_group)
       .def(
           "add_table",
-          [](SteadyStep& self, nb::object parameter, nb::object moments, nb::object native_table, Counters counters) {
-            self.add_table(std::move(parameter), std::move(moments), std::move(native_table), counters);
+          [](SteadyStep& self, nb::object parameter, nb::object native_table, Counters counters) {
+            self.add_table(std::move(parameter), std::move(native_table), counters);
           },
-          nb::kw_only(), nb::arg("parameter"), nb::arg("moments"), nb::arg("native_table"), nb::arg("counters"))
+          nb::kw_only(), nb::arg("parameter"), nb::arg("native_table"), nb::arg("counters"))
       .def("add_idle", &SteadyStep::add_idle, nb::arg("parameter"))
       .def("add_dense", &SteadyStep::add_dense, nb::arg("parameter"), nb::arg("state"),
            nb::sig("def add_dense(self, parameter: object, state: dict[str, object]) -> None"))
+      .def("remember_state", &SteadyStep::remember_state, nb::arg("state"),
+           nb::sig("def remember_state(self, state: dict[object, object]) -> None"))
       .def(
           "run",
           [](const SteadyStep& self, nb::dict state, nb::list groups, nb::list scalars_at,

@@ -44,10 +44,12 @@ class SteadyStep {
   // Append a parameter to the last group: one that has moments; one that has none, which must not have a gradient
   // either when the step is taken; or one with dense gradients and a dict of tensors for its state, which is only
   // looked at, for the caller to step.
-  void add_table(nanobind::object parameter, nanobind::object moments, nanobind::object native_table,
-                 const Counters& counters);
+  void add_table(nanobind::object parameter, nanobind::object native_table, const Counters& counters);
   void add_idle(nanobind::object parameter);
   void add_dense(nanobind::object parameter, nanobind::dict state);
+
+  // Take note of the optimizer's state: when the step is taken it must have the same objects under the same keys.
+  void remember_state(nanobind::dict state);
 
   // Steps all tables that have a gradient and returns the parameters that were written, and the gradients of the dense
   // parameters (None where there is none); or None where something is not as it was, or an index out of range: then
@@ -71,16 +73,18 @@ class SteadyStep {
     Look look;
   };
   struct Parameter {
-    nanobind::object object, moments, native_table;
+    nanobind::object object, native_table;
     const Table* table = nullptr;
     Counters counters{};
     Look look;
-    std::vector<Part> parts;  // of a dense state, which is in place of the moments; none for others
+    nanobind::object dense_state;  // of a parameter with dense gradients, as are its parts
+    std::vector<Part> parts;
   };
   struct Reading;  // what a run collects
 
-  bool read_group(const std::vector<Parameter>& group, nanobind::dict state, nanobind::handle parameters,
-                  nanobind::handle scalars_at, Reading& reading) const;
+  bool is_state_as_before(nanobind::handle state) const;
+  bool read_group(const std::vector<Parameter>& group, nanobind::handle parameters, nanobind::handle scalars_at,
+                  Reading& reading) const;
   bool read_table(const Parameter& parameter, nanobind::handle gradient, Reading& reading) const;
   bool read_lookups(const Parameter& parameter, nanobind::handle indices, nanobind::handle values,
                     const ScalarArray& scalars, Reading& reading) const;
@@ -92,6 +96,7 @@ class SteadyStep {
 
   ReadTensor read_tensor_;
   std::vector<std::vector<Parameter>> groups_;
+  std::vector<std::pair<nanobind::object, nanobind::object>> state_;  // in the dict's own order
 };
 
 }  // namespace sparseadam

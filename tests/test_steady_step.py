@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,14 @@ def forget_state(run: Run) -> None:
     del run.optimizer.state[run.tables[1]]
 
 
+def exchange_moments(run: Run) -> None:
+    run.optimizer.state[run.tables[1]] = copy.deepcopy(run.optimizer.state[run.tables[1]])
+
+
+def put_state_last(run: Run) -> None:
+    run.optimizer.state[run.tables[0]] = run.optimizer.state.pop(run.tables[0])
+
+
 def add_table(run: Run) -> None:
     run.tables.append(nn.Parameter(torch.ones(5, 2)))
     run.sparse_dims.append(1)
@@ -115,6 +124,8 @@ def exchange_tables(run: Run) -> None:
         set_other_sparse_dim,
         load_other_state,
         forget_state,
+        exchange_moments,
+        put_state_last,
         add_table,
         take_table_out,
         exchange_tables,

@@ -263,7 +263,6 @@ def list_tables(
             elif _is_steady(moments):
                 steady.add_table(
                     parameter=parameter,
-                    moments=moments,
                     native_table=moments.native_table,
                     counters=moments.counter_addresses,
                 )
@@ -271,6 +270,7 @@ def list_tables(
                 steady.add_idle(parameter)
             else:
                 return None
+    steady.remember_state(state)
     return SteadyStep(steady)
 
 
