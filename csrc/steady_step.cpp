@@ -168,8 +168,7 @@ bool SteadyStep::looks_like(nb::handle object, const Look& look) const {
 void SteadyStep::add_table(nb::object parameter, nb::object native_table, const Counters& counters) {
   const auto* table = nb::cast<const Table*>(native_table);
   Look look = look_at(parameter);
-  groups_.back().push_back(
-      {std::move(parameter), std::move(native_table), table, counters, std::move(look), {}, {}});
+  groups_.back().push_back({std::move(parameter), std::move(native_table), table, counters, std::move(look), {}, {}});
 }
 
 void SteadyStep::add_idle(nb::object parameter) {
