@@ -190,13 +190,12 @@ void SteadyStep::remember_state(nb::dict state) {
 
 // One walk along the dict. To look parameters up in it would call `Tensor.__hash__`, which is a function in Python:
 // a further table cost 2.8 us so, in place of 2.6.
-bool SteadyStep::is_state_as_before(nb::handle state) const {
-  if (static_cast<size_t>(PyDict_Size(state.ptr())) != state_.size()) return false;
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t place = 0;
-  for (const auto& [key_before, value_before] : state_) {
-    if (PyDict_Next(state.ptr(), &place, &key, &value) == 0) return false;
-    if (key != key_before.ptr() || value != value_before.ptr()) return false;
+bool SteadyStep::is_state_as_before(nb::dict state) const {
+  if (state.size() != state_.size()) return false;
+  auto before = state_.begin();
+  for (const auto& [key, value] : state) {
+    if (!key.is(before->first) || !value.is(before->second)) return false;
+    ++before;
   }
   return true;
 }

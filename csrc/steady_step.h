@@ -82,7 +82,7 @@ class SteadyStep {
   };
   struct Reading;  // what a run collects
 
-  bool is_state_as_before(nanobind::handle state) const;
+  bool is_state_as_before(nanobind::dict state) const;
   bool read_group(const std::vector<Parameter>& group, nanobind::handle parameters, nanobind::handle scalars_at,
                   Reading& reading) const;
   bool read_table(const Parameter& parameter, nanobind::handle gradient, Reading& reading) const;
