@@ -79,9 +79,8 @@ class BuiltStep:
 
 
 def _tables_with_gradients(workload: Workload, optimizer: SparseAdam) -> list[ctypes.Array[TableAndGradient]]:
-    for gradient in workload.gradients:
-        for table, sparse in zip(workload.tables, gradient.sparse, strict=True):
-            table.grad = sparse
+    for number in range(NUM_GRADIENTS):
+        workload.give_gradients(number)
         optimizer.step()
     workload.clear_gradients()
     given = []

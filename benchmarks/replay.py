@@ -36,9 +36,7 @@ class ReplayStep:
 
     def step(self, number: int) -> Seconds:
         """Time both, and the first alone."""
-        gradient = self._workload.gradients[number % NUM_GRADIENTS]
-        for table, sparse in zip(self._workload.tables, gradient.sparse, strict=True):
-            table.grad = sparse
+        gradient = self._workload.give_gradients(number)
         started = perf_counter()
         for table, rows in zip(self._workload.tables, gradient.rows, strict=True):
             self.optimizer.catch_up(table, rows)

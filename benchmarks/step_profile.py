@@ -94,10 +94,7 @@ def _parts(case: Case, num_rounds: int, module: TimedModule) -> dict[str, float]
 
 def _step(optimizer: torch.optim.Optimizer, workload: Workload, number: int, *, is_bad: bool) -> float:
     """Step on a gradient, or fail on one whose last index lies outside the last table; return the seconds."""
-    gradients = workload.gradients[number % NUM_GRADIENTS].sparse
-    for table, gradient in zip(workload.tables, gradients, strict=True):
-        table.grad = gradient
-    last_row = gradients[-1]._indices()[0, -1:]
+    last_row = workload.give_gradients(number).rows[-1][-1:]
     kept = last_row.clone()
     if is_bad:
         last_row.fill_(workload.case.num_rows)

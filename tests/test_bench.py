@@ -285,9 +285,14 @@ def test_gradients_are_distinct_uncoalesced_and_counted(tmp_path: Path) -> None:
     path.write_text("4 4 2")
     workload = Workload(Case("own", 2, 6, 5, 3, str(path)))
     assert len(workload.gradients) == NUM_GRADIENTS
-    for gradient in workload.gradients:
-        assert [sparse.is_coalesced() for sparse in gradient.sparse] == [False, False]
-        assert [sparse._indices()[0].tolist() for sparse in gradient.sparse] == [[4, 4, 2]] * 2
+    for number, gradient in enumerate(workload.gradients):
+        assert workload.give_gradients(number) is gradient
+        given = [table.grad for table in workload.tables if table.grad is not None]
+        assert [sparse.is_coalesced() for sparse in given] == [False, False]
+        assert [sparse._indices()[0].tolist() for sparse in given] == [[4, 4, 2]] * 2
+        assert all(torch.equal(sparse._values(), values) for sparse, values in zip(given, gradient.values, strict=True))
+        workload.give_gradients(number)
+        assert all(table.grad is not sparse for table, sparse in zip(workload.tables, given, strict=True))
         assert gradient.num_touched == 2 * 2
         assert gradient.floor_bytes == 2 * floor_bytes(2, 3, 5, torch.float32)
     first, second = (gradient.values[0] for gradient in workload.gradients[:2])

@@ -99,9 +99,7 @@ class SparseStep:
 
     def step(self, number: int) -> Seconds:
         """See :class:`Contender`."""
-        gradient = self._workload.gradients[number % NUM_GRADIENTS]
-        for table, sparse in zip(self._workload.tables, gradient.sparse, strict=True):
-            table.grad = sparse
+        self._workload.give_gradients(number)
         (seconds,) = laps(self._workload.device, self.optimizer.step)
         self._workload.clear_gradients()
         return {self.name: seconds}

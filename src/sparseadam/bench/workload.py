@@ -37,14 +37,12 @@ class Gradient:
     Attributes:
         rows: int64 ``[num_lookups]`` for each table, with repeats.
         values: ``[num_lookups, width]`` for each table.
-        sparse: both as uncoalesced sparse tensors, as a sparse embedding's backward pass makes them.
         num_touched: distinct rows, over all tables.
         floor_bytes: what a step must move at least, over all tables.
     """
 
     rows: list[Tensor]
     values: list[Tensor]
-    sparse: list[Tensor]
     num_touched: int
     floor_bytes: int
 
@@ -67,6 +65,16 @@ class Workload:
         self.tables = [
             nn.Parameter(torch.full(shape, 0.01, dtype=case.dtype, device=device)) for _ in range(case.num_tables)
         ]
+
+    def give_gradients(self, number: int) -> Gradient:
+        """Put a gradient on the tables as a sparse embedding's backward pass does: uncoalesced, in tensors made anew.
+
+        What PyTorch or an optimizer keeps with a tensor it has seen before would flatter the next step on it.
+        """
+        gradient = self.gradients[number % NUM_GRADIENTS]
+        for table, rows, values in zip(self.tables, gradient.rows, gradient.values, strict=True):
+            table.grad = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)
+        return gradient
 
     def clear_gradients(self) -> None:
         """Leave no gradient behind on the tables."""
@@ -93,11 +101,6 @@ def _draw_rows(case: Case, seed: int) -> Iterator[Tensor]:
 
 def make_gradient(case: Case, rows: list[Tensor], values: list[Tensor]) -> Gradient:
     """Put the lookups of every table together."""
-    shape = (case.num_rows, case.width)
-    sparse = [
-        torch.sparse_coo_tensor(table_rows[None], table_values, shape, check_invariants=True)
-        for table_rows, table_values in zip(rows, values, strict=True)
-    ]
     num_touched = [len(torch.unique(table_rows)) for table_rows in rows]
     num_bytes = sum(floor_bytes(count, case.num_lookups, case.width, case.dtype) for count in num_touched)
-    return Gradient(rows, values, sparse, sum(num_touched), num_bytes)
+    return Gradient(rows, values, sum(num_touched), num_bytes)
