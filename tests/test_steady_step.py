@@ -11,6 +11,7 @@ import torch
 from snapshot import snapshot
 from torch import Tensor, nn
 
+import sparseadam.optimizer
 from sparseadam import SparseAdam
 from sparseadam.update import native
 
@@ -75,6 +76,37 @@ def test_what_looks_the_same_is_read_natively_with_the_same_result() -> None:
         without_steady_steps(general).step(seed)
     assert steady.num_general == 0 and general.num_general == 4
     assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+
+
+def test_gradients_that_record_a_graph_are_read_natively_too() -> None:
+    steady, general = Run(), Run()
+    for run in (steady, general):
+        run.set_gradients(2)
+        for table in run.tables:
+            assert table.grad is not None
+            table.grad.requires_grad_()
+    steady.optimizer.step()
+    without_steady_steps(general).optimizer.step()
+    assert steady.num_general == 0
+    assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+
+
+def test_autograd_is_back_after_a_step_and_after_an_error_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_back() -> bool:
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        return not excluded.has(torch._C.DispatchKey.AutogradCPU)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no numbers for this step")
+
+    run = Run()
+    run.step(2)
+    assert is_back()
+    monkeypatch.setattr(sparseadam.optimizer, "step_scalars", fail)
+    with pytest.raises(RuntimeError, match="no numbers"):
+        run.step(3)
+    assert run.num_general == 0
+    assert is_back()
 
 
 def exchange_memory(run: Run) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 
 from .. import _validate
 from ..moments import Moments, StateLayout, moment_dtype
@@ -220,6 +221,7 @@ class SteadyStep:
     def __init__(self, native_step: Any) -> None:
         """Wrap the module's listing; ``list_tables`` makes it."""
         self._native_step = native_step
+        self._autograd = DispatchKeySet(DispatchKey.AutogradCPU) | DispatchKeySet(DispatchKey.ADInplaceOrView)
 
     def run(self, state: dict[Any, Any], groups: list[Any], scalars_at: list[Any]) -> list[Tensor | None] | None:
         """Step every table that has a gradient, counters included, having looked at the dense parameters, too.
@@ -233,7 +235,10 @@ class SteadyStep:
             The gradients of the dense parameters as listed, which are the caller's to step, with None for those that
             have none. None if it could not: then nothing was written, and the general step will find out why.
         """
-        done = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
+        # A gradient's entries are only looked at here, and autograd's views of them are not needed: without those a
+        # further table takes 1.4 us in place of 1.9, of which 0.25 come back where the gradient is freed.
+        with _ExcludeDispatchKeyGuard(self._autograd):
+            done = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
         if done is None:
             return None
         written, dense_gradients = done
