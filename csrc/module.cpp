@@ -266,6 +266,10 @@ NB_MODULE(_native, m) {
            nb::sig("def add_dense(self, parameter: object, state: dict[str, object]) -> None"))
       .def("remember_state", &SteadyStep::remember_state, nb::arg("state"),
            nb::sig("def remember_state(self, state: dict[object, object]) -> None"))
+      .def("remember_options", &SteadyStep::remember_options, nb::arg("groups"),
+           nb::sig("def remember_options(self, groups: list[dict[str, object]]) -> None"))
+      .def("are_options_as_before", &SteadyStep::are_options_as_before, nb::arg("groups"),
+           nb::sig("def are_options_as_before(self, groups: list[dict[str, object]]) -> bool"))
       .def(
           "run",
           [](const SteadyStep& self, nb::dict state, nb::list groups, nb::list scalars_at,

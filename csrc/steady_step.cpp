@@ -31,6 +31,7 @@ struct Names {
   nb::object grad = nb::steal(PyUnicode_InternFromString("grad"));
   nb::object indices = nb::steal(PyUnicode_InternFromString("_indices"));
   nb::object values = nb::steal(PyUnicode_InternFromString("_values"));
+  nb::object params = nb::steal(PyUnicode_InternFromString("params"));
 };
 const Names& names() {
   static const Names* made = new Names();  // never destroyed: the interpreter may be gone before it
@@ -62,6 +63,26 @@ bool is_contiguous(const nb::dlpack::dltensor& tensor) {
 }
 
 void* memory_of(const nb::dlpack::dltensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+// Whether an object is of a type that cannot change: a tensor can, that holds an option's number, or a list of betas.
+bool is_fixed(nb::handle value) {
+  PyObject* object = value.ptr();
+  if (PyTuple_CheckExact(object)) {
+    for (nb::handle part : nb::borrow<nb::tuple>(value)) {
+      if (!is_fixed(part)) return false;
+    }
+    return true;
+  }
+  return object == Py_None || PyBool_Check(object) || PyFloat_CheckExact(object) || PyLong_CheckExact(object) ||
+         PyUnicode_CheckExact(object);
+}
+
+bool has_fixed_options(nb::dict group) {
+  for (const auto& [name, value] : group) {
+    if (!is_fixed(value) && !name.is(names().params)) return false;
+  }
+  return true;
+}
 
 enum Counter { kStep, kNumSlots, kNumSkipped };
 int64_t* counter_at(const Counters& counters, Counter which) {
@@ -183,17 +204,36 @@ void SteadyStep::add_dense(nb::object parameter, nb::dict state) {
       {std::move(parameter), {}, nullptr, {}, std::move(look), std::move(state), std::move(parts)});
 }
 
-void SteadyStep::remember_state(nb::dict state) {
-  state_.clear();
-  for (const auto& [key, value] : state) state_.emplace_back(nb::borrow(key), nb::borrow(value));
+void SteadyStep::remember_state(nb::dict state) { state_ = DictLook(std::move(state)); }
+
+void SteadyStep::remember_options(nb::list groups) {
+  options_.clear();
+  for (nb::handle group : groups) {
+    if (!has_fixed_options(nb::borrow<nb::dict>(group))) return options_.clear();
+    options_.emplace_back(nb::borrow<nb::dict>(group));
+  }
 }
 
-// One walk along the dict. To look parameters up in it would call `Tensor.__hash__`, which is a function in Python:
-// a further table cost 2.8 us so, in place of 2.6.
-bool SteadyStep::is_state_as_before(nb::dict state) const {
-  if (state.size() != state_.size()) return false;
-  auto before = state_.begin();
-  for (const auto& [key, value] : state) {
+bool SteadyStep::are_options_as_before(nb::list groups) const {
+  if (groups.size() != options_.size()) return false;
+  auto before = options_.begin();
+  for (nb::handle group : groups) {
+    if (!nb::isinstance<nb::dict>(group) || !before->is_as_before(nb::borrow<nb::dict>(group))) return false;
+    ++before;
+  }
+  return true;
+}
+
+SteadyStep::DictLook::DictLook(nb::dict dict) {
+  for (const auto& [key, value] : dict) entries_.emplace_back(nb::borrow(key), nb::borrow(value));
+}
+
+// One walk along the dict, which touches neither keys nor values. To look parameters up in it would call
+// `Tensor.__hash__`, which is a function in Python: a further table cost 2.8 us so, in place of 2.6.
+bool SteadyStep::DictLook::is_as_before(nb::dict dict) const {
+  if (dict.size() != entries_.size()) return false;
+  auto before = entries_.begin();
+  for (const auto& [key, value] : dict) {
     if (!key.is(before->first) || !value.is(before->second)) return false;
     ++before;
   }
@@ -269,7 +309,7 @@ bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb
 nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at, InstructionSet instruction_set,
                            int num_threads) const {
   Reading reading;
-  if (groups.size() != groups_.size() || !is_state_as_before(state)) return nb::none();
+  if (groups.size() != groups_.size() || !state_.is_as_before(state)) return nb::none();
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (!read_group(groups_[g], groups[g], scalars_at[g], reading)) return nb::none();
   }

@@ -51,6 +51,11 @@ class SteadyStep {
   // Take note of the optimizer's state: when the step is taken it must have the same objects under the same keys.
   void remember_state(nanobind::dict state);
 
+  // Take note of the groups with their options, and tell whether they still have the very objects under the same keys.
+  // Which parameters they list does not matter here. They never have where an option can change in place.
+  void remember_options(nanobind::list groups);
+  bool are_options_as_before(nanobind::list groups) const;
+
   // Steps all tables that have a gradient and returns the parameters that were written, and the gradients of the dense
   // parameters (None where there is none); or None where something is not as it was, or an index out of range: then
   // nothing was written. `groups` are the groups' lists of parameters as they are now, and `scalars_at` gives the
@@ -80,9 +85,18 @@ class SteadyStep {
     nanobind::object dense_state;  // of a parameter with dense gradients, as are its parts
     std::vector<Part> parts;
   };
+  // What a dict holds, in its own order.
+  class DictLook {
+   public:
+    DictLook() = default;
+    explicit DictLook(nanobind::dict dict);
+    bool is_as_before(nanobind::dict dict) const;
+
+   private:
+    std::vector<std::pair<nanobind::object, nanobind::object>> entries_;
+  };
   struct Reading;  // what a run collects
 
-  bool is_state_as_before(nanobind::dict state) const;
   bool read_group(const std::vector<Parameter>& group, nanobind::handle parameters, nanobind::handle scalars_at,
                   Reading& reading) const;
   bool read_table(const Parameter& parameter, nanobind::handle gradient, Reading& reading) const;
@@ -96,7 +110,8 @@ class SteadyStep {
 
   ReadTensor read_tensor_;
   std::vector<std::vector<Parameter>> groups_;
-  std::vector<std::pair<nanobind::object, nanobind::object>> state_;  // in the dict's own order
+  DictLook state_;
+  std::vector<DictLook> options_;
 };
 
 }  // namespace sparseadam

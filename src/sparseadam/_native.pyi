@@ -75,6 +75,10 @@ class SteadyStep:
 
     def remember_state(self, state: dict[object, object]) -> None: ...
 
+    def remember_options(self, groups: list[dict[str, object]]) -> None: ...
+
+    def are_options_as_before(self, groups: list[dict[str, object]]) -> bool: ...
+
     def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], instruction_set: str, num_threads: int) -> tuple[list[object], list[object]] | None:
         """
         Step all tables that have a gradient: the parameters that were written, and the gradients of the dense

@@ -156,7 +156,7 @@ def list_parameters(
 
 def are_finite_where_asked(parameters: Sequence[DenseParameter], options: Sequence[GroupOptions]) -> bool:
     """Whether no dense gradient has an infinity or a NaN, in groups where that is an error."""
-    asked = [group.nonfinite == "error" for group in options]
+    asked = [group.nonfinite == "error" for group in options] if parameters else []
     if not any(asked):
         return True
     grads = (each.parameter.grad for each in parameters if asked[each.place.group_index])

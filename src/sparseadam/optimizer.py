@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _validate, checkpoint, dense, mapped_table, replay, update
@@ -40,7 +41,7 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return untraced(self, *args, **kwargs)
         is_observed = (
             self._optimizer_step_pre_hooks
@@ -186,7 +187,9 @@ class SparseAdam(torch.optim.Optimizer):
 
     # What the last general step listed for steady ones. Of the class, so that a copy or a pickle starts without.
     _steady_step: SteadyStep | None = None
-    # The options that were built into it, and the dense parameters among those listed.
+    # The options that it was last asked about, what of them was built into it, and the dense parameters among those
+    # listed.
+    _steady_options: Sequence[GroupOptions] = ()
     _steady_kinds: list[tuple[StateLayout, bool, bool]] | None = None
     _steady_dense: Sequence[DenseParameter] = ()
     _generator: torch.Generator | None = None
@@ -379,15 +382,25 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
+        options = self._read_options()
         if not self._step_steadily(options):
             self._step_generally(options)
         return loss
 
-    def _step_steadily(self, options: list[GroupOptions]) -> bool:
+    def _read_options(self) -> Sequence[GroupOptions]:
+        """Return every group's options, which were checked before where they are the very objects that they were."""
+        if self._steady_step is not None and self._steady_step.are_options_as_before(self.param_groups):
+            return self._steady_options
+        return [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
+
+    def _step_steadily(self, options: Sequence[GroupOptions]) -> bool:
         """Step without looking at each table in Python, if all look as after the last general step."""
-        if self._steady_step is None or self._steady_kinds != _kinds(options):
+        if self._steady_step is None:
             return False
+        if options is not self._steady_options:
+            if self._steady_kinds != _kinds(options):
+                return False
+            self._remember_options(self._steady_step, options)
         if not dense.are_finite_where_asked(self._steady_dense, options):
             return False
         parameters = [group["params"] for group in self.param_groups]
@@ -397,7 +410,7 @@ class SparseAdam(torch.optim.Optimizer):
             dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
         return grads is not None
 
-    def _step_generally(self, options: list[GroupOptions]) -> None:
+    def _step_generally(self, options: Sequence[GroupOptions]) -> None:
         updates, dense_updates = self._gather_updates(options)
         if updates:
             self._before_steps(updates)
@@ -447,7 +460,7 @@ class SparseAdam(torch.optim.Optimizer):
             if mapped is not None:
                 mapped.before_writing(write.rows)
 
-    def _update_dense(self, updates: list[DenseUpdate], options: list[GroupOptions]) -> None:
+    def _update_dense(self, updates: list[DenseUpdate], options: Sequence[GroupOptions]) -> None:
         for updated, _ in updates:
             moments = self.state.get(updated.parameter)
             if isinstance(moments, Moments) and moments.layout.owes_decay:
@@ -456,7 +469,7 @@ class SparseAdam(torch.optim.Optimizer):
         for updated, _ in updates:
             self.state[updated.parameter] = updated.state
 
-    def _list_for_steady_steps(self, options: list[GroupOptions]) -> None:
+    def _list_for_steady_steps(self, options: Sequence[GroupOptions]) -> None:
         if self._backend == "reference" or self._has_files():
             self._steady_step = None
             return
@@ -465,6 +478,12 @@ class SparseAdam(torch.optim.Optimizer):
         listed = {parameter.parameter for parameter in self._steady_dense}
         self._steady_step = update.list_tables(groups, self.state, listed)
         self._steady_kinds = _kinds(options)
+        if self._steady_step is not None:
+            self._remember_options(self._steady_step, options)
+
+    def _remember_options(self, steady_step: SteadyStep, options: Sequence[GroupOptions]) -> None:
+        steady_step.remember_options(self.param_groups)
+        self._steady_options = options
 
     def _has_files(self) -> bool:
         """Whether steps must see to files before they write."""
@@ -474,7 +493,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Whether a table or its moments are in files."""
         return self._directory is not None or mapped_table.find(table) is not None
 
-    def _gather_updates(self, options: list[GroupOptions]) -> tuple[list[RowUpdate], list[DenseUpdate]]:
+    def _gather_updates(self, options: Sequence[GroupOptions]) -> tuple[list[RowUpdate], list[DenseUpdate]]:
         """Collect the parameters that have a gradient, having checked all but row numbers; changes nothing."""
         updates, dense_updates = [], []
         seen: set[int] = set()  # a table listed twice in a group, of which torch has warned, is stepped once
@@ -889,6 +908,6 @@ class SparseAdam(torch.optim.Optimizer):
         return super().__getstate__() | own
 
 
-def _kinds(options: list[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:
+def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:
     """Return what of the groups' options a steady step has been built with."""
     return [(each.layout, each.stochastic_rounding, dense.takes_dense(each)) for each in options]

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch._C import DispatchKey
 
 from .. import _validate
 from ..moments import Moments, StateLayout, moment_dtype
@@ -221,7 +221,15 @@ class SteadyStep:
     def __init__(self, native_step: Any) -> None:
         """Wrap the module's listing; ``list_tables`` makes it."""
         self._native_step = native_step
-        self._autograd = DispatchKeySet(DispatchKey.AutogradCPU) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+        self._views_for_autograd = DispatchKey.ADInplaceOrView
+
+    def remember_options(self, groups: list[dict[str, Any]]) -> None:
+        """Take note of what the groups' options are."""
+        self._native_step.remember_options(groups)
+
+    def are_options_as_before(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether the groups' options are the very objects that were remembered, none of which can change in place."""
+        return cast("bool", self._native_step.are_options_as_before(groups))
 
     def run(self, state: dict[Any, Any], groups: list[Any], scalars_at: list[Any]) -> list[Tensor | None] | None:
         """Step every table that has a gradient, counters included, having looked at the dense parameters, too.
@@ -237,8 +245,12 @@ class SteadyStep:
         """
         # A gradient's entries are only looked at here, and autograd's views of them are not needed: without those a
         # further table takes 1.4 us in place of 1.9, of which 0.25 come back where the gradient is freed.
-        with _ExcludeDispatchKeyGuard(self._autograd):
+        were_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded(self._views_for_autograd)
+        torch._C._dispatch_tls_set_dispatch_key_excluded(self._views_for_autograd, True)
+        try:
             done = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
+        finally:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(self._views_for_autograd, were_left_out)
         if done is None:
             return None
         written, dense_gradients = done
