@@ -174,9 +174,10 @@ void Team::wait_until_done(int64_t num_tasks) const {
     if (is_done()) return;
     relax();
   }
-  const double began = clocks().wall;
+  const auto began = std::chrono::steady_clock::now();
   while (!is_done()) {
-    if (clocks().wall - began < kPatienceSeconds) {
+    const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - began;
+    if (waited.count() < kPatienceSeconds) {
       std::this_thread::yield();
     } else {
       // A helper lost its core within a task. Asleep, this thread leaves it a core to move to.

@@ -186,6 +186,72 @@ def test_what_changes_without_a_check_is_read_anew() -> None:
     assert snapshot(steady.optimizer) == snapshot(general.optimizer)
 
 
+def lower_lr(group: dict[str, Any]) -> None:
+    group["lr"] /= 2
+
+
+def lower_lr_in_place(group: dict[str, Any]) -> None:
+    group["lr"].mul_(0.5)
+
+
+def lower_beta_in_place(group: dict[str, Any]) -> None:
+    group["betas"][0] *= 0.5
+
+
+def lower_beta_in_a_tuple_in_place(group: dict[str, Any]) -> None:
+    group["betas"][0].mul_(0.5)
+
+
+LRS = (0.5, 0.25, 0.125)
+BETAS = ((0.75, 0.875), (0.375, 0.875), (0.1875, 0.875))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "lower", "numbers"),
+    [
+        ("lr", 0.5, lower_lr, LRS),
+        ("lr", torch.tensor(0.5), lower_lr_in_place, LRS),
+        ("betas", [0.75, 0.875], lower_beta_in_place, BETAS),
+        ("betas", (torch.tensor(0.75), torch.tensor(0.875)), lower_beta_in_a_tuple_in_place, BETAS),
+    ],
+)
+def test_an_option_counts_as_it_stands(
+    name: str, value: Any, lower: Callable[[dict[str, Any]], None], numbers: tuple[Any, ...]
+) -> None:
+    steady, general = Run(), Run()
+    group = steady.optimizer.param_groups[0]
+    group[name] = copy.deepcopy(value)
+    for seed in range(2, 8):
+        general.optimizer.param_groups[0][name] = numbers[(seed - 2) // 2]
+        without_steady_steps(general).step(seed)
+        steady.step(seed)
+        if seed in (3, 5):
+            lower(group)
+    assert steady.num_general == 0
+    for table, expected in zip(steady.tables, general.tables, strict=True):
+        assert torch.equal(table, expected)
+
+
+def set_to_nonsense(group: dict[str, Any]) -> None:
+    group["eps"] = -1.0
+
+
+def take_out(group: dict[str, Any]) -> None:
+    del group["eps"]
+
+
+@pytest.mark.parametrize("spoil", [set_to_nonsense, take_out])
+def test_an_option_spoiled_between_steady_steps_is_an_error(spoil: Callable[[dict[str, Any]], None]) -> None:
+    run = Run()
+    run.step(2)
+    before = snapshot(run.optimizer)
+    spoil(run.optimizer.param_groups[1])
+    with pytest.raises(ValueError, match="eps"):
+        run.step(3)
+    run.optimizer.param_groups[1]["eps"] = 1e-8
+    assert snapshot(run.optimizer) == before
+
+
 def test_a_table_without_a_gradient_is_passed_over_and_one_without_lookups_counts_a_step() -> None:
     run = Run()
     before = run.tables[0].clone()

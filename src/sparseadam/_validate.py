@@ -240,7 +240,7 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
         raise ValueError(f"{missing} missing from parameter group {group_index}. Set it to its default.") from None
     values = (
         _as_it_stands(lr),
-        tuple(betas) if isinstance(betas, list) else betas,
+        tuple(map(_as_it_stands, betas)) if isinstance(betas, (list, tuple)) else betas,
         _as_it_stands(eps),
         maximize,
         _as_it_stands(weight_decay),
