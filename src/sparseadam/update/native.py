@@ -221,7 +221,6 @@ class SteadyStep:
     def __init__(self, native_step: Any) -> None:
         """Wrap the module's listing; ``list_tables`` makes it."""
         self._native_step = native_step
-        self._views_for_autograd = DispatchKey.ADInplaceOrView
 
     def remember_options(self, groups: list[dict[str, Any]]) -> None:
         """Take note of what the groups' options are."""
@@ -245,12 +244,13 @@ class SteadyStep:
         """
         # A gradient's entries are only looked at here, and autograd's views of them are not needed: without those a
         # further table takes 1.4 us in place of 1.9, of which 0.25 come back where the gradient is freed.
-        were_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded(self._views_for_autograd)
-        torch._C._dispatch_tls_set_dispatch_key_excluded(self._views_for_autograd, True)
+        views = DispatchKey.ADInplaceOrView
+        were_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded(views)
+        torch._C._dispatch_tls_set_dispatch_key_excluded(views, True)
         try:
             done = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
         finally:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(self._views_for_autograd, were_left_out)
+            torch._C._dispatch_tls_set_dispatch_key_excluded(views, were_left_out)
         if done is None:
             return None
         written, dense_gradients = done
