@@ -60,9 +60,10 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
         raise BenchError("this needs os.sched_setaffinity, which this system does not have.")
     for name in options.case or ("words", "zipf"):
         workload = Workload(case_named(name))
+        theirs = workload.with_other_tables()
         steps = (
             SparseStep(OURS, our_optimizer(workload), workload),
-            SparseStep(TORCH_SPARSE, torch.optim.SparseAdam(workload.tables), workload),
+            SparseStep(TORCH_SPARSE, torch.optim.SparseAdam(theirs.tables), theirs),
         )
         for step in steps:
             for number in range(step.warm_up_steps):

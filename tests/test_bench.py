@@ -28,7 +28,7 @@ from sparseadam.bench.cases import (
 from sparseadam.bench.cli import main, parse_arguments
 from sparseadam.bench.clock import laps
 from sparseadam.bench.errors import BenchError, UsageError
-from sparseadam.bench.measure import COPY, OURS, Rounds, Seconds, percentile, ratios_to_ours, spread_of
+from sparseadam.bench.measure import COPY, OURS, PEERS_TABLES, Rounds, Seconds, percentile, ratios_to_ours, spread_of
 from sparseadam.bench.report import COLUMNS, MISSED, markdown_table, notes, origin, read_json_lines, record_of
 from sparseadam.bench.workload import NUM_GRADIENTS, Workload, floor_bytes
 from sparseadam.update import Backend
@@ -409,7 +409,7 @@ def test_contenders_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours - 1)
     with pytest.raises(BenchError, match=r"case own needs 1\.6 GB of memory and 1\.6 GB are available; pass a smaller"):
         measure.measure(case)
-    monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours + needs[TORCH_SPARSE])
+    monkeypatch.setattr(measure, "available_bytes", lambda _: for_ours + needs[PEERS_TABLES] + needs[TORCH_SPARSE])
     torch.set_num_threads(1)
     result = measure.measure(case, num_rounds=1)
     assert result.left_out.keys() == {FUSED_STEP, FUSED_WITH_GRADIENT}

@@ -123,6 +123,7 @@ class Moments(MutableMapping[str, Any]):
         "num_rows",
         "row_names",
         "row_shape",
+        "settled_table",
         "shape",
         "slot_of_row",
         "sparse_dim",
@@ -164,6 +165,8 @@ class Moments(MutableMapping[str, Any]):
         self.row_names: Tensor | None = None
         # What the native backend made of the table and these moments in its last general step.
         self.native_table: object | None = None
+        # The address of the table that the system was last asked to move into huge pages.
+        self.settled_table = 0
 
     @property
     def step(self) -> int:

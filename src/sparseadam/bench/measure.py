@@ -30,6 +30,7 @@ from .workload import NUM_GRADIENTS, Workload
 
 OURS = "ours"
 COPY = "copy"
+PEERS_TABLES = "tables of PyTorch's"
 COMPARISONS = (TORCH_SPARSE, FUSED_STEP, FUSED_WITH_GRADIENT, FLOOR)
 
 _COPY_BUFFER_BYTES = 256 << 20
@@ -296,14 +297,25 @@ def measure(
     workload = Workload(case, device=device)
     verify(workload)
     stepping: list[SparseStep | FusedAdam] = [SparseStep(OURS, our_optimizer(workload), workload)]
-    if TORCH_SPARSE not in left_out:
-        stepping.append(SparseStep(TORCH_SPARSE, torch.optim.SparseAdam(workload.tables), workload))
-    if with_dense and FUSED_STEP not in left_out:
-        stepping.append(FusedAdam(workload))
+    stepping += _peers(
+        workload, with_sparse=TORCH_SPARSE not in left_out, with_dense=with_dense and FUSED_STEP not in left_out
+    )
     stepping = [contender for contender in stepping if _can_step(contender, left_out)]
     rounds = take_rounds([*stepping, Copy(device)], num_rounds, on_progress)
     sizes = {contender.name: state_bytes(contender.optimizer) for contender in stepping}
     return summarize(workload, rounds, sizes, left_out)
+
+
+def _peers(workload: Workload, *, with_sparse: bool, with_dense: bool) -> list[SparseStep | FusedAdam]:
+    """Return PyTorch's optimizers, which share tables of their own: ours has its tables moved into huge pages."""
+    peers: list[SparseStep | FusedAdam] = []
+    if with_sparse or with_dense:
+        workload = workload.with_other_tables()
+    if with_sparse:
+        peers.append(SparseStep(TORCH_SPARSE, torch.optim.SparseAdam(workload.tables), workload))
+    if with_dense:
+        peers.append(FusedAdam(workload))
+    return peers
 
 
 def _can_step(contender: SparseStep | FusedAdam, left_out: dict[str, str]) -> bool:
@@ -361,29 +373,33 @@ def _check_memory(case: Case, with_dense: bool, device: torch.device) -> dict[st
             f"case {case.name} needs {_gigabytes(needs[OURS] + _RESERVED_BYTES)} of memory and "
             f"{_gigabytes(available)} are available; pass a smaller --rows, --dim, --lookups or --tables."
         )
+    tables = needs[PEERS_TABLES]
     left_out: dict[str, str] = {}
     for name, more in ((TORCH_SPARSE, ()), (FUSED_STEP, (FUSED_WITH_GRADIENT,))):
         if name == FUSED_STEP and not with_dense:
             continue
-        if needs[name] <= free:
-            free -= needs[name]
+        needed = tables + needs[name]
+        if needed <= free:
+            free -= needed
+            tables = 0  # the other shares them
             continue
-        reason = f"needs {_gigabytes(needs[name])} of memory more, and {_gigabytes(free)} are left"
+        reason = f"needs {_gigabytes(needed)} of memory more, and {_gigabytes(free)} are left"
         left_out.update(dict.fromkeys((name, *more), reason))
     return left_out
 
 
 def memory_needs(case: Case) -> dict[str, int]:
-    """Return the bytes that each contender adds; ours carries what all share: tables, gradients, copy buffers."""
+    """Return the bytes that each contender adds; ours carries gradients and copy buffers, which all share."""
     table = case.num_rows * case.width * case.dtype.itemsize
     lookups = case.num_lookups * (case.width * case.dtype.itemsize + torch.int64.itemsize)
     num_slots = min(case.num_rows, NUM_GRADIENTS * case.num_lookups)
     moments = num_slots * 2 * case.width * moment_dtype(case.dtype).itemsize + case.num_rows * torch.int64.itemsize
     # The cumulative distribution, its exponents and the permutation are gone again when the tables come.
     drawing = 3 * case.num_rows * torch.int64.itemsize
-    shared = max(case.num_tables * (table + moments), drawing) + NUM_GRADIENTS * case.num_tables * lookups
+    gradients = NUM_GRADIENTS * case.num_tables * lookups
     return {
-        OURS: shared + _COPY_BYTES,
+        OURS: max(case.num_tables * (table + moments), drawing) + gradients + _COPY_BYTES,
+        PEERS_TABLES: case.num_tables * table,
         # Moments of all rows; while it steps, the coalesced gradient and what is computed from it.
         TORCH_SPARSE: case.num_tables * 2 * table + 8 * lookups,
         # Moments of all rows and a gradient of all rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +51,7 @@ class Gradient:
 class Workload:
     """The tables of a case and the gradients that are cycled through them.
 
-    All contenders step the same tables: how long a step takes does not depend on their values, and big ones would not
-    fit several times.
+    How long a step takes does not depend on the tables' values, so contenders may step the same ones.
     """
 
     def __init__(self, case: Case, seed: int = 0, device: torch.device = HOST) -> None:
@@ -60,11 +60,13 @@ class Workload:
         self.device = device
         # Before the tables are there: drawing takes much memory itself where tables are long.
         self.gradients = _draw_gradients(case, seed, device)
-        shape = (case.num_rows, case.width)
-        # Written and not merely reserved, as an initialised embedding is.
-        self.tables = [
-            nn.Parameter(torch.full(shape, 0.01, dtype=case.dtype, device=device)) for _ in range(case.num_tables)
-        ]
+        self.tables = _make_tables(case, device)
+
+    def with_other_tables(self) -> Workload:
+        """Return the same gradients for other tables, made alike."""
+        other = copy(self)
+        other.tables = _make_tables(self.case, self.device)
+        return other
 
     def give_gradients(self, number: int) -> Gradient:
         """Put a gradient on the tables as a sparse embedding's backward pass does: uncoalesced, in tensors made anew.
@@ -80,6 +82,12 @@ class Workload:
         """Leave no gradient behind on the tables."""
         for table in self.tables:
             table.grad = None
+
+
+def _make_tables(case: Case, device: torch.device) -> list[nn.Parameter]:
+    shape = (case.num_rows, case.width)
+    # Written and not merely reserved, as an initialised embedding is.
+    return [nn.Parameter(torch.full(shape, 0.01, dtype=case.dtype, device=device)) for _ in range(case.num_tables)]
 
 
 def _draw_gradients(case: Case, seed: int, device: torch.device) -> list[Gradient]:
