@@ -51,6 +51,11 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   const int64_t ahead = prefetch_distance(row_bytes);
   const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
   const int64_t values_ahead = prefetch_distance_of_values(row_bytes, run.num_rows, last_entry + 1 - run.begins[0]);
+  const int64_t first_bytes = first_bytes_of_values(row_bytes);
+  const int64_t first_elements = first_bytes / static_cast<int64_t>(sizeof(Element));
+  const auto values_of = [&](int64_t entry) {
+    return values + lookups.position_of(sorted[std::min(entry, last_entry)]) * width;
+  };
   const auto row_at = [&](int64_t r) { return lookups.row_of(sorted[run.begins[r]]); };
   GroupPrefetch table_ahead(run.num_rows, row_bytes, row_at(run.num_rows - 1) - row_at(0),
                             memory.table_stride * static_cast<int64_t>(sizeof(Element)));
@@ -64,11 +69,11 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
     if (run.slots[r] < 0) continue;
     const int64_t begin = run.begins[r];
     const int64_t end = run.ends[r];
+    // Values lie where the batch put them, far apart in row order: fetch those of later entries while using this one's.
     const auto value_at = [&](int64_t entry) {
-      // Values lie where the batch put them, far apart in row order: fetch those of a later entry while using this one.
-      const Entry later = sorted[std::min(entry + values_ahead, last_entry)];
-      prefetch(values + lookups.position_of(later) * width, row_bytes);
-      return values + lookups.position_of(sorted[entry]) * width;
+      prefetch(values_of(entry + values_ahead + kLookupsForPageWalk), first_bytes);
+      prefetch(values_of(entry + values_ahead) + first_elements, row_bytes - first_bytes);
+      return values_of(entry);
     };
     const int64_t row = lookups.row_of(sorted[begin]);
     Element* weights = table + row * memory.table_stride;
