@@ -53,9 +53,7 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   const int64_t values_ahead = prefetch_distance_of_values(row_bytes, run.num_rows, last_entry + 1 - run.begins[0]);
   const int64_t first_bytes = first_bytes_of_values(row_bytes);
   const int64_t first_elements = first_bytes / static_cast<int64_t>(sizeof(Element));
-  const auto values_of = [&](int64_t entry) {
-    return values + lookups.position_of(sorted[std::min(entry, last_entry)]) * width;
-  };
+  const auto values_of = [&](int64_t entry) { return values + lookups.position_of(sorted[entry]) * width; };
   const auto row_at = [&](int64_t r) { return lookups.row_of(sorted[run.begins[r]]); };
   GroupPrefetch table_ahead(run.num_rows, row_bytes, row_at(run.num_rows - 1) - row_at(0),
                             memory.table_stride * static_cast<int64_t>(sizeof(Element)));
@@ -71,8 +69,9 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
     const int64_t end = run.ends[r];
     // Values lie where the batch put them, far apart in row order: fetch those of later entries while using this one's.
     const auto value_at = [&](int64_t entry) {
-      prefetch(values_of(entry + values_ahead + kLookupsForPageWalk), first_bytes);
-      prefetch(values_of(entry + values_ahead) + first_elements, row_bytes - first_bytes);
+      const int64_t later = entry + values_ahead;
+      if (first_bytes > 0) prefetch(values_of(std::min(later + kLookupsForPageWalk, last_entry)), first_bytes);
+      prefetch(values_of(std::min(later, last_entry)) + first_elements, row_bytes - first_bytes);
       return values_of(entry);
     };
     const int64_t row = lookups.row_of(sorted[begin]);
