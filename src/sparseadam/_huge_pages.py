@@ -46,10 +46,11 @@ def move_into_huge_pages(begin: int, num_bytes: int) -> None:
         begin: address of the first byte.
         num_bytes: how many there are; less than 4 MiB stay where they are.
     """
-    if num_bytes < _MIN_BYTES or _huge_page_bytes() == 0:
+    huge_bytes = _huge_page_bytes() if num_bytes >= _MIN_BYTES else 0
+    if huge_bytes == 0:
         return
     for own in _private_memory(Span(begin, begin + num_bytes)):
-        for span in _resident_huge_pages(own):
+        for span in _resident_huge_pages(own, huge_bytes):
             if _collapse(span) not in (0, errno.EAGAIN):  # which is said of pages that are in use at the moment
                 return
 
@@ -92,9 +93,8 @@ def _private_memory(span: Span) -> Iterator[Span]:
             yield Span(max(begin, span.begin), min(end, span.end))
 
 
-def _resident_huge_pages(span: Span) -> Iterator[Span]:
+def _resident_huge_pages(span: Span, huge_bytes: int) -> Iterator[Span]:
     """Yield the stretches of places of huge pages in which every small page is resident."""
-    huge_bytes = _huge_page_bytes()
     begin = -(-span.begin // huge_bytes) * huge_bytes
     end = span.end // huge_bytes * huge_bytes
     at_once = max(_BYTES_AT_ONCE // huge_bytes, 1) * huge_bytes

@@ -88,8 +88,8 @@ def prepare(update: RowUpdate) -> str | None:
 def _settle_in_huge_pages(table: Tensor, moments: Moments) -> None:
     """Have a table's memory moved into huge pages, once for each memory that it has.
 
-    On a two-core Xeon a native step then took 11 % less time for 4,096 Zipf lookups into 1,000,000 x 64 and for 65,536
-    into 10,000,000 x 64, and 10 % for 2,048 into each of 26 tables of 100,000 x 16.
+    On a two-core Xeon a native step then took 11 % less time for 4,096 Zipf lookups into 1,000,000 x 64, 11 to 13 % for
+    65,536 into 10,000,000 x 64, and 10 % for 2,048 into each of 26 tables of 100,000 x 16.
     """
     address = table.data_ptr()
     if moments.settled_table == address:
