@@ -217,14 +217,15 @@ bool take_found_rows(const TableStep& step, const Lookups& lookups, TableScratch
 }
 
 // Plans the way from a table's lookups to its rows and takes memory for it.
-void plan_table(const TableStep& step, TableScratch& scratch, int num_threads, Arena& arena) {
+void plan_table(const TableStep& step, TableScratch& scratch, int num_threads, int64_t num_lookups_in_all,
+                Arena& arena) {
   const Table& table = *step.table;
   const Lookups lookups{step.indices, table.sparse_shape.data(), static_cast<int64_t>(table.sparse_shape.size()),
                         step.num_lookups};
   if (take_found_rows(step, lookups, scratch)) {
     scratch.order = Order::kFound;
   } else {
-    scratch.lookups.plan(lookups, table.num_rows, num_threads, arena);
+    scratch.lookups.plan(lookups, table.num_rows, num_threads, num_lookups_in_all, arena);
     scratch.begins = arena.take<uint32_t>(step.num_lookups);
     scratch.ends = arena.take<uint32_t>(step.num_lookups);
     scratch.order = Order::kPartitioned;
@@ -245,11 +246,13 @@ void plan(const std::vector<TableStep>& tables, int num_threads, Workspace& work
   workspace.partitions.clear();
   grow(workspace.tables, static_cast<int64_t>(tables.size()));
   grow(workspace.threads, num_threads);
+  int64_t num_lookups_in_all = 0;
+  for (const TableStep& step : tables) num_lookups_in_all += step.num_lookups;
   for (size_t t = 0; t < tables.size(); ++t) {
     const TableStep& step = tables[t];
     if (step.num_lookups == 0) continue;
     TableScratch& scratch = workspace.tables[t];
-    plan_table(step, scratch, num_threads, workspace.arena);
+    plan_table(step, scratch, num_threads, num_lookups_in_all, workspace.arena);
     const auto table_index = static_cast<int64_t>(t);
     const int64_t num_chunks = scratch.order == Order::kFound ? 0 : scratch.lookups.num_chunks();
     for (int64_t c = 0; c < num_chunks; ++c) workspace.chunks.push_back({table_index, c});
