@@ -177,15 +177,16 @@ struct RowRun {
 using UpdateRows = void (*)(const TableMemory&, const RowRun&, const StepScalars&, void* scratch);
 constexpr int64_t kScratchRows = 5;
 
-// Whether the summed gradient of row r of a run is finite. `scratch` as above.
-using IsFinite = bool (*)(const TableMemory&, const RowRun&, int64_t r, void* scratch);
+// Says of each row of a run whether its summed gradient is finite, [num_rows]. The run needs no slots; `scratch` as
+// above.
+using FindFiniteRows = void (*)(const TableMemory&, const RowRun&, uint8_t* is_finite, void* scratch);
 
 // Writes the sum of each row's values, [num_rows, width], in the type of the moments. The run needs no slots.
 using SumRows = void (*)(const void* values, int64_t width, const RowRun&, void* sums);
 
 struct RowKernels {
   UpdateRows update_rows;
-  IsFinite is_finite;
+  FindFiniteRows find_finite_rows;
   SumRows sum_rows;
 };
 

@@ -26,6 +26,40 @@ SPARSEADAM_INLINE MomentFactors count_in_missed_steps(const TableMemory& memory,
   return history.missed->moment_factors(history, written);
 }
 
+// The values of a run's lookups. They lie where the batch put them, far apart in row order: while one lookup's are
+// used, those of later ones are fetched.
+template <class Element>
+class WalkedValues {
+ public:
+  SPARSEADAM_INLINE WalkedValues(const void* values, int64_t width, const RowRun& run)
+      : values_(static_cast<const Element*>(values)),
+        width_(width),
+        row_bytes_(static_cast<int64_t>(sizeof(Element)) * width),
+        first_bytes_(first_bytes_of_values(row_bytes_)),
+        last_entry_(run.ends[run.num_rows - 1] - int64_t{1}),
+        ahead_(prefetch_distance_of_values(row_bytes_, run.num_rows, last_entry_ + 1 - run.begins[0])),
+        lookups_(*run.lookups),
+        sorted_(run.lookups->sorted()) {}
+
+  SPARSEADAM_INLINE const Element* of(int64_t entry) const {
+    const int64_t later = entry + ahead_;
+    if (first_bytes_ > 0) prefetch(address(std::min(later + kLookupsForPageWalk, last_entry_)), 1);
+    const int64_t first_elements = first_bytes_ / static_cast<int64_t>(sizeof(Element));
+    prefetch(address(std::min(later, last_entry_)) + first_elements, row_bytes_ - first_bytes_);
+    return address(entry);
+  }
+
+ private:
+  SPARSEADAM_INLINE const Element* address(int64_t entry) const {
+    return values_ + lookups_.position_of(sorted_[entry]) * width_;
+  }
+
+  const Element* values_;
+  const int64_t width_, row_bytes_, first_bytes_, last_entry_, ahead_;
+  const Partitioning& lookups_;
+  const Entry* sorted_;
+};
+
 template <class Element, class Moment>
 SPARSEADAM_INLINE void add_values(Moment* __restrict__ sum, const Element* __restrict__ values, int64_t width) {
   for (int64_t i = 0; i < width; ++i) sum[i] += widen(values[i]);
@@ -46,14 +80,9 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   const Partitioning& lookups = *run.lookups;
   const Entry* sorted = lookups.sorted();
   auto* table = static_cast<Element*>(memory.table);
-  const auto* values = static_cast<const Element*>(memory.values);
+  const WalkedValues<Element> values(memory.values, width, run);
   const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;
   const int64_t ahead = prefetch_distance(row_bytes);
-  const int64_t last_entry = run.ends[run.num_rows - 1] - int64_t{1};
-  const int64_t values_ahead = prefetch_distance_of_values(row_bytes, run.num_rows, last_entry + 1 - run.begins[0]);
-  const int64_t first_bytes = first_bytes_of_values(row_bytes);
-  const int64_t first_elements = first_bytes / static_cast<int64_t>(sizeof(Element));
-  const auto values_of = [&](int64_t entry) { return values + lookups.position_of(sorted[entry]) * width; };
   const auto row_at = [&](int64_t r) { return lookups.row_of(sorted[run.begins[r]]); };
   GroupPrefetch table_ahead(run.num_rows, row_bytes, row_at(run.num_rows - 1) - row_at(0),
                             memory.table_stride * static_cast<int64_t>(sizeof(Element)));
@@ -67,16 +96,9 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
     if (run.slots[r] < 0) continue;
     const int64_t begin = run.begins[r];
     const int64_t end = run.ends[r];
-    // Values lie where the batch put them, far apart in row order: fetch those of later entries while using this one's.
-    const auto value_at = [&](int64_t entry) {
-      const int64_t later = entry + values_ahead;
-      if (first_bytes > 0) prefetch(values_of(std::min(later + kLookupsForPageWalk, last_entry)), first_bytes);
-      prefetch(values_of(std::min(later, last_entry)) + first_elements, row_bytes - first_bytes);
-      return values_of(entry);
-    };
     const int64_t row = lookups.row_of(sorted[begin]);
     Element* weights = table + row * memory.table_stride;
-    const Element* gradient = value_at(begin);
+    const Element* gradient = values.of(begin);
     if constexpr (Rows::kTakesValues) {
       if (end - begin == 1) {
         rows.update(weights, row, run.slots[r], gradient);
@@ -84,7 +106,7 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
       }
     }
     for (int64_t i = 0; i < width; ++i) sum[i] = widen(gradient[i]);
-    for (int64_t entry = begin + 1; entry < end; ++entry) add_values(sum, value_at(entry), width);
+    for (int64_t entry = begin + 1; entry < end; ++entry) add_values(sum, values.of(entry), width);
     rows.update(weights, row, run.slots[r], sum);
   }
 }

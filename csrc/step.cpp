@@ -22,6 +22,7 @@ constexpr size_t kRowsNamed = 5;
 struct ThreadScratch {
   std::vector<Entry> entries;
   std::vector<int64_t> slots;
+  std::vector<uint8_t> is_finite;
   std::vector<double> rows;  // doubles, so that it is aligned for, and large enough for, either type of moments
 };
 
@@ -72,11 +73,11 @@ TableMemory memory_of(const TableStep& step) {
 
 // Takes rows whose gradient is not finite out of a run; returns how many.
 int64_t drop_nonfinite_rows(const TableStep& step, const RowRun& run, uint32_t* begins, uint32_t* ends, int64_t* slots,
-                            IsFinite is_finite, void* scratch) {
-  const TableMemory memory = memory_of(step);
+                            const RowKernels& kernels, ThreadScratch& thread) {
+  kernels.find_finite_rows(memory_of(step), run, thread.is_finite.data(), thread.rows.data());
   int64_t num_kept = 0;
   for (int64_t r = 0; r < run.num_rows; ++r) {
-    if (!is_finite(memory, run, r, scratch)) continue;
+    if (thread.is_finite[static_cast<size_t>(r)] == 0) continue;
     begins[num_kept] = begins[r];
     ends[num_kept] = ends[r];
     slots[num_kept] = slots[r];
@@ -102,8 +103,7 @@ void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partit
   }
   scratch.num_skipped[partition] = 0;
   if (step.nonfinite == NonFinite::kSkip) {
-    scratch.num_skipped[partition] =
-        drop_nonfinite_rows(step, run, begins, ends, slots, kernels.is_finite, thread.rows.data());
+    scratch.num_skipped[partition] = drop_nonfinite_rows(step, run, begins, ends, slots, kernels, thread);
     run.num_rows -= scratch.num_skipped[partition];
   }
   kernels.update_rows(memory_of(step), run, step.scalars, thread.rows.data());
@@ -143,9 +143,9 @@ Refused find_refused_rows(const TableStep& step, TableScratch& scratch, int64_t 
   }
   if (step.nonfinite == NonFinite::kRefuse) {
     const RowRun run{&lookups, begins, ends, nullptr, num_rows};
-    const TableMemory memory = memory_of(step);
-    for (int64_t r = 0; r < num_rows && refused.nonfinite.size() < kRowsNamed; ++r) {
-      if (!kernels.is_finite(memory, run, r, thread.rows.data())) name(refused.nonfinite, r);
+    kernels.find_finite_rows(memory_of(step), run, thread.is_finite.data(), thread.rows.data());
+    for (int64_t r = 0; r < num_rows; ++r) {
+      if (thread.is_finite[static_cast<size_t>(r)] == 0) name(refused.nonfinite, r);
     }
   }
   return refused;
@@ -289,6 +289,7 @@ void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace)
   for (ThreadScratch& thread : workspace.threads) {
     grow(thread.entries, largest_partition);
     grow(thread.slots, largest_partition);
+    grow(thread.is_finite, largest_partition);
     grow(thread.rows, kScratchRows * largest_width);
   }
 }
