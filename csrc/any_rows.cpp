@@ -1,6 +1,7 @@
 // Rows with any options.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "formula.h"
 #include "rounding.h"
@@ -36,7 +37,7 @@ class AnyRows {
     prefetch(at<char>(moments_.exp_avg, slot * moments_.exp_avg_stride * exp_avg_bytes()),
              memory_.width * exp_avg_bytes());
     if (moments_.one_exp_avg_sq_a_row) {
-      prefetch(at<Moment>(moments_.exp_avg_sq, slot), 1);
+      prefetch(at<Moment>(moments_.exp_avg_sq, slot * moments_.exp_avg_sq_stride), 1);
     } else {
       prefetch(at<char>(moments_.exp_avg_sq, slot * moments_.exp_avg_sq_stride * exp_avg_bytes()),
                memory_.width * exp_avg_bytes());
@@ -91,7 +92,9 @@ class AnyRows {
   SPARSEADAM_INLINE Scalars<Moment> scalars_of(int64_t slot) const {
     StepScalars scalars = step_scalars_;
     if (moments_.row_steps != nullptr) {
-      const double touches = ++moments_.row_steps[slot];
+      int32_t& row_steps = moments_.row_steps[slot];
+      if (row_steps < std::numeric_limits<int32_t>::max()) ++row_steps;  // there both corrections are 1
+      const double touches = row_steps;
       const double bias_correction1 = 1.0 - std::pow(scalars.beta1, touches);
       const double root_correction2 = std::sqrt(1.0 - std::pow(scalars.beta2, touches));
       const bool torch_eps = scalars.torch_eps != 0.0;

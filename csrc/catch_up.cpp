@@ -19,14 +19,15 @@ namespace {
 struct ThreadScratch {
   std::vector<Entry> entries;
   std::vector<int64_t> rows, slots;
-  std::vector<double> weights;  // of a row, see RowUpdate's scratch
+  std::vector<double> weights;  // of a row, see UpdateRows' scratch
 };
 
 // Memory of a call, kept from call to call.
 struct Workspace {
   Arena arena;
   uint32_t* new_rows;     // of each partition, which of its rows wait for a slot
-  int64_t* num_new_rows;  // per partition; then the first slot of its new rows
+  int64_t* num_new_rows;  // per partition
+  int64_t* first_slots;   // of a partition's new rows
   std::vector<BadIndex> bad;
   std::vector<ThreadScratch> threads;
 };
@@ -56,6 +57,7 @@ class Call {
     workspace_.arena.reset();
     workspace_.new_rows = workspace_.arena.take<uint32_t>(read_.num_rows_read);
     workspace_.num_new_rows = workspace_.arena.take<int64_t>(lookups_.num_partitions());
+    workspace_.first_slots = workspace_.arena.take<int64_t>(lookups_.num_partitions());
     workspace_.bad.assign(static_cast<size_t>(lookups_.num_chunks()), BadIndex{});
     grow(workspace_.threads, num_threads);
   }
@@ -70,11 +72,11 @@ class Call {
     for (const BadIndex& bad : workspace_.bad) {
       if (bad.lookup >= 0) return bad;
     }
-    lookups_.finish_partitioning();
+    lookups_.finish_partitioning(found_.arena);
     for (ThreadScratch& thread : workspace_.threads) {
-      grow(thread.entries, lookups_.largest_partition());
-      grow(thread.rows, lookups_.largest_partition());
-      grow(thread.slots, lookups_.largest_partition());
+      grow(thread.entries, lookups_.sort_scratch());
+      grow(thread.rows, lookups_.max_rows());
+      grow(thread.slots, lookups_.max_rows());
       grow(thread.weights, kScratchRows * table_.width);
     }
     // The last partition first: the step that follows starts with the first one, whose rows are then still in cache.
@@ -120,15 +122,12 @@ class Call {
     catch_up_rows_(memory_, {thread.rows.data(), thread.slots.data(), num_behind}, thread.weights.data());
   }
 
-  // Turns each partition's count of new rows into its first new slot; returns whether there are any.
+  // Sets each partition's first new slot; returns whether there are any new rows.
   bool assign_slots() {
     const int64_t before = read_.num_slots;
-    counts_.assign(static_cast<size_t>(lookups_.num_partitions()), 0);
     for (int64_t p = 0; p < lookups_.num_partitions(); ++p) {
-      const int64_t count = workspace_.num_new_rows[p];
-      counts_[static_cast<size_t>(p)] = count;
-      workspace_.num_new_rows[p] = read_.num_slots;
-      read_.num_slots += count;
+      workspace_.first_slots[p] = read_.num_slots;
+      read_.num_slots += workspace_.num_new_rows[p];
     }
     return read_.num_slots > before;
   }
@@ -136,8 +135,8 @@ class Call {
   void move_new_partition(int64_t partition, ThreadScratch& thread) {
     const int64_t at = lookups_.partition_begin(partition);
     const uint32_t* new_rows = workspace_.new_rows + at;
-    const int64_t first_slot = workspace_.num_new_rows[partition];
-    const int64_t count = counts_[static_cast<size_t>(partition)];
+    const int64_t first_slot = workspace_.first_slots[partition];
+    const int64_t count = workspace_.num_new_rows[partition];
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = row_at(found_.begins[at + new_rows[r]]);
       thread.rows[static_cast<size_t>(r)] = row;
@@ -162,7 +161,6 @@ class Call {
   Partitioning& lookups_;
   TableMemory memory_{};
   CatchUpRows catch_up_rows_;
-  std::vector<int64_t> counts_;
 };
 
 }  // namespace

@@ -26,7 +26,7 @@ Coalescing::Coalescing(const Lookups& lookups, int64_t num_rows, int num_threads
       bad_index_ = *first_bad;
       return;
     }
-    lookups_.finish_partitioning();
+    lookups_.finish_partitioning(arena_);
     auto find_rows_of = [&](int64_t partition, int) { counts[static_cast<size_t>(partition)] = find_rows(partition); };
     team.for_each(num_partitions, find_rows_of);
   };
@@ -40,7 +40,7 @@ Coalescing::Coalescing(const Lookups& lookups, int64_t num_rows, int num_threads
 int64_t Coalescing::find_rows(int64_t partition) {
   const int64_t begin = lookups_.partition_begin(partition);
   const int64_t end = lookups_.partition_end(partition);
-  std::vector<Entry> scratch(static_cast<size_t>(end - begin));
+  std::vector<Entry> scratch(static_cast<size_t>(std::min(end - begin, lookups_.sort_scratch())));
   lookups_.sort_partition(partition, scratch.data());
   return lookups_.find_rows(partition, begins_ + begin, ends_ + begin);
 }

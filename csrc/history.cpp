@@ -64,6 +64,8 @@ void add_step(MissedSums& sums, int64_t n, const StepNumbers& step, double root_
 void MissedSteps::advance(const History& history) {
   const StepNumbers* steps = history.steps;
   const auto num_entries = static_cast<size_t>(history.num_steps) + 1;
+  // Here and not below, so that no failure comes between the sums of one step.
+  if (sums_.capacity() < num_entries) sums_.reserve(std::max(num_entries, 2 * sums_.capacity()));
   if (sums_.empty()) sums_.emplace_back();
   for (size_t j = sums_.size(); j < num_entries; ++j) {
     const StepNumbers& step = steps[j];

@@ -20,7 +20,7 @@
 //   eps/sqrt(v)
 //
 // is off by (z/d_n)^kNumTerms of each fraction, which is small where sqrt(v) is large beside eps. What neither can do
-// is walked step by step (catch_up.cpp). docs/replay.md derives the bounds.
+// is walked step by step (catch_up_rows.cpp). docs/replay.md derives the bounds.
 #pragma once
 
 #include <cmath>

@@ -24,6 +24,7 @@
 #include "initial.h"
 #include "steady_step.h"
 #include "step.h"
+#include "thread_team.h"
 
 namespace nb = nanobind;
 using namespace sparseadam;
@@ -216,6 +217,7 @@ void write_initial_values(const std::string& distribution, double scale, uint64_
 }  // namespace
 
 NB_MODULE(_native, m) {
+  watch_for_forks();
   // An optimizer that steps from its parameters' hooks lives until the interpreter ends, and so do its handles.
   nb::set_leak_warnings(false);
   m.doc() = "The sparse Adam step on the CPU. Private: called by sparseadam.update.native alone.";

@@ -124,6 +124,7 @@ void Partitioning::plan(const Lookups& lookups, int64_t num_rows, int num_thread
   range_bits_ = 0;
   while ((last_row >> range_bits_) >= wanted) ++range_bits_;
   num_partitions_ = (last_row >> range_bits_) + 1;
+  rows_spanned_ = num_partitions_ > 1 ? int64_t{1} << range_bits_ : num_rows;
 
   chunk_size_ = std::max(kMinChunkSize, 8 * num_partitions_);
   num_chunks_ = (num_lookups + chunk_size_ - 1) / chunk_size_;
@@ -174,7 +175,7 @@ void Partitioning::scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowA
   std::copy(ends, ends + num_partitions_, segments + 1);
 }
 
-void Partitioning::finish_partitioning() {
+void Partitioning::finish_partitioning(Arena& arena) {
   std::fill(partition_begins_, partition_begins_ + num_partitions_ + 1, 0);
   for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
     const uint32_t* segments = segment_begins_ + chunk * (num_partitions_ + 1);
@@ -185,12 +186,14 @@ void Partitioning::finish_partitioning() {
     largest_partition_ = std::max(largest_partition_, partition_begins_[p + 1]);
     partition_begins_[p + 1] += partition_begins_[p];
   }
+  if (largest_partition_ > kMaxSortScratch) spare_ = arena.take<Entry>(lookups_.num_lookups);
 }
 
 void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
   const int64_t count = partition_end(partition) - partition_begin(partition);
   Entry* sorted = sorted_ + partition_begin(partition);
   const bool use_radix = count >= kRadixSortMin && range_bits_ > 0;
+  if (count > kMaxSortScratch) scratch = spare_ + partition_begin(partition);
   const int num_passes = use_radix ? (range_bits_ + kMaxDigitBits - 1) / kMaxDigitBits : 0;
 
   // Start in the buffer from which an even or odd number of passes ends in `sorted`.

@@ -50,7 +50,9 @@ class Partitioning {
   int64_t num_rows() const { return num_rows_; }
   int64_t num_chunks() const { return num_chunks_; }
   int64_t num_partitions() const { return num_partitions_; }
-  int64_t largest_partition() const { return largest_partition_; }
+  // What the largest partition needs: entries to sort in, and the rows that it can have.
+  int64_t sort_scratch() const { return std::min(largest_partition_, kMaxSortScratch); }
+  int64_t max_rows() const { return std::min(largest_partition_, rows_spanned_); }
 
   // Where a chunk's lookups begin, or the last one's end.
   int64_t chunk_begin(int64_t chunk) const { return std::min(chunk * chunk_size_, lookups_.num_lookups); }
@@ -58,10 +60,11 @@ class Partitioning {
   // Step 1, for one chunk. Thread-safe for distinct chunks. Checks every index it reads.
   BadIndex partition_chunk(int64_t chunk);
 
-  // Between the steps, on one thread: where each partition starts in the sorted order.
-  void finish_partitioning();
+  // Between the steps, on one thread: where each partition starts in the sorted order. The arena is that of `plan`, or
+  // one that lasts as long.
+  void finish_partitioning(Arena& arena);
 
-  // Step 2, for one partition; `scratch` holds at least largest_partition() entries. Thread-safe for distinct ones.
+  // Step 2, for one partition; `scratch` holds at least sort_scratch() entries. Thread-safe for distinct ones.
   void sort_partition(int64_t partition, Entry* scratch);
 
   // After step 2: where the lookups of each row of a partition begin and end among the sorted ones. Returns how many
@@ -75,6 +78,10 @@ class Partitioning {
   int64_t position_of(Entry entry) const { return static_cast<int64_t>(entry & position_mask_); }
 
  private:
+  // A thread's own scratch stays in its cache, which does not matter for partitions larger than this, as those with a
+  // row looked up millions of times are. They are sorted in memory that is there once, and not for each thread.
+  static constexpr int64_t kMaxSortScratch = 65536;
+
   BadIndex find_bad_index(int64_t begin, int64_t end) const;
   template <class RowAt>
   void scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowAt row_at);
@@ -85,6 +92,7 @@ class Partitioning {
   int64_t chunk_size_ = 0;
   int64_t num_partitions_ = 0;
   int64_t largest_partition_ = 0;
+  int64_t rows_spanned_ = 0;  // by a partition
   int position_bits_ = 0;
   int range_bits_ = 0;  // a partition covers 2**range_bits_ consecutive rows
   Entry position_mask_ = 0;
@@ -92,6 +100,7 @@ class Partitioning {
   Entry* sorted_ = nullptr;              // [num_lookups], by row, then by position
   uint32_t* segment_begins_ = nullptr;   // [num_chunks, num_partitions + 1], into scattered_, relative to the chunk
   int64_t* partition_begins_ = nullptr;  // [num_partitions + 1], into sorted_
+  Entry* spare_ = nullptr;               // [num_lookups], where there are partitions beyond kMaxSortScratch
 };
 
 }  // namespace sparseadam

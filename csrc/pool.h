@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -15,7 +16,10 @@ class Borrowed {
   Borrowed() : object_(take()) {}
   ~Borrowed() {
     const std::lock_guard<std::mutex> lock(pool().mutex);
-    pool().idle.push_back(std::move(object_));
+    try {
+      pool().idle.push_back(std::move(object_));
+    } catch (const std::bad_alloc&) {  // then it is made anew next time
+    }
   }
   Borrowed(const Borrowed&) = delete;
   Borrowed& operator=(const Borrowed&) = delete;

@@ -62,6 +62,9 @@ SPARSEADAM_INLINE float from_bits(uint32_t bits) {
 }
 // In [0, 1), a multiple of 2**-24.
 SPARSEADAM_INLINE float unit_interval(uint32_t random) { return static_cast<float>(random >> 8) * 0x1p-24f; }
+// Whether chance rounds up what lies `fraction` above a whole number. Compared, not added: the sum would be rounded,
+// and now and then to a whole number that it does not reach.
+SPARSEADAM_INLINE bool goes_up(float fraction, uint32_t random) { return unit_interval(random) < fraction; }
 
 // What lies above the largest finite number is left to rounding to nearest: chance must not make infinity of less.
 SPARSEADAM_INLINE void narrow_stochastic(float value, uint32_t random, BFloat16* to) {
@@ -80,7 +83,8 @@ SPARSEADAM_INLINE void narrow_stochastic(float value, uint32_t random, BFloat16*
 SPARSEADAM_INLINE void narrow_stochastic(float value, uint32_t random, Float16* to) {
   const float magnitude = std::fabs(value);
   const float normal = from_bits((bits_of(magnitude) + (random & 0x1FFFu)) & ~0x1FFFu);
-  const float subnormal = std::floor(magnitude * 0x1p24f + unit_interval(random)) * 0x1p-24f;
+  const float below = std::floor(magnitude * 0x1p24f);
+  const float subnormal = (goes_up(magnitude * 0x1p24f - below, random) ? below + 1.0f : below) * 0x1p-24f;
   const float rounded = magnitude < 0x1p-14f ? subnormal : std::min(normal, 65504.0f);
   const float chosen = magnitude <= 65504.0f ? rounded : magnitude;
   *to = static_cast<Float16>(std::copysign(chosen, value));
@@ -115,7 +119,9 @@ struct Code {
     constexpr uint32_t kMask = (1u << kDroppedBits) - 1;
     const uint32_t normal = (bits_of(value) - kOffset + (random & kMask)) >> kDroppedBits;
     const float in_spacings = std::min(value, kSmallestNormal) * (1.0f / kSubnormalSpacing);
-    const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(in_spacings + unit_interval(random)));
+    const auto below = static_cast<int32_t>(in_spacings);
+    const auto subnormal =
+        static_cast<uint32_t>(goes_up(in_spacings - static_cast<float>(below), random) ? below + 1 : below);
     return std::min(value < kSmallestNormal ? subnormal : normal, kLargest);
   }
 

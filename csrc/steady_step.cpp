@@ -319,11 +319,10 @@ nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at,
     fault = step(reading.steps, instruction_set, num_threads);
   }
   if (fault.table >= 0) return nb::none();
+  for (size_t i = 0; i < reading.steps.size(); ++i) advance(reading.parameters[i]->counters, reading.steps[i]);
   nb::list written;
   for (size_t i = 0; i < reading.steps.size(); ++i) {
-    const Parameter& parameter = *reading.parameters[i];
-    advance(parameter.counters, reading.steps[i]);
-    if (reading.steps[i].num_lookups > 0) written.append(parameter.object);
+    if (reading.steps[i].num_lookups > 0) written.append(reading.parameters[i]->object);
   }
   return nb::make_tuple(std::move(written), std::move(reading.dense_gradients));
 }

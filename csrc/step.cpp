@@ -1,6 +1,8 @@
 #include "step.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <iterator>
 #include <utility>
 
 #include "arena.h"
@@ -40,7 +42,8 @@ struct TableScratch {
   Partitioning lookups;
   uint32_t* begins;
   uint32_t* ends;
-  int64_t* num_new_rows;  // per partition; then the first slot of its new rows
+  int64_t* num_new_rows;  // per partition
+  int64_t* first_slots;   // of a partition's new rows
   int64_t* num_skipped;   // per partition
   int64_t* num_rows;      // per partition, and the slots of its rows, where they are found before the walk
   int64_t* slots;
@@ -52,9 +55,16 @@ struct Task {
   int64_t part;  // chunk or partition
 };
 
+// Addresses of a table or of values.
+struct Range {
+  uintptr_t begin, end;
+};
+
 // Memory of a step, kept from step to step so that a step in steady state allocates nothing.
 struct Workspace {
   Arena arena;
+  std::vector<Range> ranges;  // of the tables
+  std::vector<RowKernels> kernels;
   std::vector<TableScratch> tables;
   std::vector<ThreadScratch> threads;
   std::vector<Task> chunks;
@@ -151,10 +161,12 @@ Refused find_refused_rows(const TableStep& step, TableScratch& scratch, int64_t 
   return refused;
 }
 
-// Gives slots to a partition's new rows, in row order from `first_slot`, and updates them.
-void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partition, int64_t first_slot,
-                   int64_t num_new_rows, const RowKernels& kernels, ThreadScratch& thread) {
+// Gives slots to a partition's new rows, in row order, and updates them.
+void walk_new_rows(const TableStep& step, const TableScratch& scratch, int64_t partition, const RowKernels& kernels,
+                   ThreadScratch& thread) {
   const Table& table = *step.table;
+  const int64_t first_slot = scratch.first_slots[partition];
+  const int64_t num_new_rows = scratch.num_new_rows[partition];
   const Partitioning& lookups = scratch.lookups;
   const uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
   const uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
@@ -168,32 +180,52 @@ void walk_new_rows(const TableStep& step, TableScratch& scratch, int64_t partiti
   kernels.update_rows(memory_of(step), run, step.scalars, thread.rows.data());
 }
 
-// Whether the address ranges of two tables overlap. Views of one tensor may; updated at the same time, their result
-// would depend on the threads. (Columns of one tensor overlap in range only; they lose nothing but speed.)
-bool tables_overlap(const std::vector<TableStep>& tables) {
-  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+Range range_of(const void* begin, int64_t num_elements, ElementType element) {
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  return {address, address + static_cast<uintptr_t>(num_elements * element_bytes(element))};
+}
+
+// Finds where the tables are, in the order of their addresses; returns whether any overlap. (Columns of one tensor do
+// in range only; they lose nothing but speed.) Each `end` is made the largest up to there.
+bool find_ranges(const std::vector<TableStep>& tables, std::vector<Range>& ranges) {
+  ranges.clear();
   for (const TableStep& step : tables) {
     const Table& table = *step.table;
     if (table.num_rows == 0) continue;
-    const auto begin = reinterpret_cast<uintptr_t>(table.table);
     const int64_t num_elements = (table.num_rows - 1) * table.table_stride + table.width;
-    ranges.emplace_back(begin, begin + static_cast<uintptr_t>(num_elements * element_bytes(table.element)));
+    ranges.push_back(range_of(table.table, num_elements, table.element));
   }
-  std::sort(ranges.begin(), ranges.end());
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  bool any_overlap = false;
   for (size_t i = 1; i < ranges.size(); ++i) {
-    if (ranges[i].first < ranges[i - 1].second) return true;
+    any_overlap = any_overlap || ranges[i].begin < ranges[i - 1].end;
+    ranges[i].end = std::max(ranges[i].end, ranges[i - 1].end);
   }
-  return false;
+  return any_overlap;
 }
 
-int choose_num_threads(const std::vector<TableStep>& tables, int num_threads) {
-  if (tables_overlap(tables)) return 1;
+// Copies values that lie in a table's own memory: rows would be written before all values are read.
+void set_values_apart(std::vector<TableStep>& tables, Workspace& workspace) {
+  const std::vector<Range>& ranges = workspace.ranges;
+  for (TableStep& step : tables) {
+    const Range values = range_of(step.values, step.num_lookups * step.table->width, step.table->element);
+    const auto begins_behind = [](uintptr_t end, const Range& range) { return end <= range.begin; };
+    const auto behind = std::upper_bound(ranges.begin(), ranges.end(), values.end, begins_behind);
+    if (behind == ranges.begin() || std::prev(behind)->end <= values.begin) continue;
+    const auto num_bytes = static_cast<int64_t>(values.end - values.begin);
+    auto* copy = workspace.arena.take<std::byte>(num_bytes);
+    std::copy_n(static_cast<const std::byte*>(step.values), num_bytes, copy);
+    step.values = copy;
+  }
+}
+
+int choose_num_threads(const std::vector<TableStep>& tables, int max_threads) {
   int64_t num_bytes = 0;
   for (const TableStep& step : tables) {
     const int64_t row_bytes = step.table->width * element_bytes(step.table->element);
     num_bytes += step.num_lookups * (row_bytes + static_cast<int64_t>(sizeof(Entry)));
   }
-  return threads_for(num_bytes, num_threads);
+  return threads_for(num_bytes, max_threads);
 }
 
 // Whether rows of a table may be refused, so that all are looked at before any is written.
@@ -236,6 +268,7 @@ void plan_table(const TableStep& step, TableScratch& scratch, int num_threads, i
     }
   }
   scratch.num_new_rows = arena.take<int64_t>(scratch.lookups.num_partitions());
+  scratch.first_slots = arena.take<int64_t>(scratch.lookups.num_partitions());
   scratch.num_skipped = arena.take<int64_t>(scratch.lookups.num_partitions());
 }
 
@@ -277,27 +310,28 @@ Fault partition_lookups(Workspace& workspace, Team& team) {
 
 // Reserves what the walk needs, before anything is written.
 void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace) {
-  int64_t largest_partition = 0;
+  int64_t sort_scratch = 0;
+  int64_t max_rows = 0;
   int64_t largest_width = 0;
   for (size_t t = 0; t < tables.size(); ++t) {
     if (tables[t].num_lookups == 0) continue;
-    Partitioning& lookups = workspace.tables[t].lookups;
-    lookups.finish_partitioning();
-    largest_partition = std::max(largest_partition, lookups.largest_partition());
+    TableScratch& scratch = workspace.tables[t];
+    if (scratch.order != Order::kFound) scratch.lookups.finish_partitioning(workspace.arena);
+    sort_scratch = std::max(sort_scratch, scratch.lookups.sort_scratch());
+    max_rows = std::max(max_rows, scratch.lookups.max_rows());
     largest_width = std::max(largest_width, tables[t].table->width);
   }
   for (ThreadScratch& thread : workspace.threads) {
-    grow(thread.entries, largest_partition);
-    grow(thread.slots, largest_partition);
-    grow(thread.is_finite, largest_partition);
+    grow(thread.entries, sort_scratch);
+    grow(thread.slots, max_rows);
+    grow(thread.is_finite, max_rows);
     grow(thread.rows, kScratchRows * largest_width);
   }
 }
 
 // Looks at the rows of tables that may refuse some, before anything is written. The fault is that of the first such
 // table; where rows of it are behind, their gradients do not matter.
-Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKernels>& kernels, Workspace& workspace,
-                   Team& team) {
+Fault look_at_rows(const std::vector<TableStep>& tables, Workspace& workspace, Team& team) {
   std::vector<Task> tasks;
   for (const Task& task : workspace.partitions) {
     const auto t = static_cast<size_t>(task.table);
@@ -310,7 +344,7 @@ Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKe
     const auto t = static_cast<size_t>(task.table);
     ThreadScratch& scratch = workspace.threads[static_cast<size_t>(thread)];
     found[static_cast<size_t>(index)] =
-        find_refused_rows(tables[t], workspace.tables[t], task.part, kernels[t], scratch);
+        find_refused_rows(tables[t], workspace.tables[t], task.part, workspace.kernels[t], scratch);
   };
   team.for_each(static_cast<int64_t>(tasks.size()), look);
   Fault fault;
@@ -332,58 +366,66 @@ Fault look_at_rows(const std::vector<TableStep>& tables, const std::vector<RowKe
   return fault;
 }
 
-// Turns each partition's count of new rows into its first new slot and adds up what the tables' counters say; returns
-// how many new rows there are in all.
-int64_t assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace, std::vector<int64_t>& counts) {
-  int64_t total = 0;
-  for (size_t i = 0; i < workspace.partitions.size(); ++i) {
-    const Task& task = workspace.partitions[i];
+// Sets the first slot of each partition's new rows, for partitions [begin, end), and adds up what the tables' counters
+// say; returns whether there are new rows.
+bool assign_first_slots(std::vector<TableStep>& tables, Workspace& workspace, int64_t begin, int64_t end) {
+  bool any = false;
+  for (int64_t i = begin; i < end; ++i) {
+    const Task& task = workspace.partitions[static_cast<size_t>(i)];
     TableStep& step = tables[static_cast<size_t>(task.table)];
     TableScratch& scratch = workspace.tables[static_cast<size_t>(task.table)];
-    int64_t& new_rows = scratch.num_new_rows[task.part];
-    counts[i] = new_rows;
-    total += new_rows;
-    new_rows = step.num_slots;
-    step.num_slots += counts[i];
+    scratch.first_slots[task.part] = step.num_slots;
+    step.num_slots += scratch.num_new_rows[task.part];
     step.num_skipped += scratch.num_skipped[task.part];
+    any = any || scratch.num_new_rows[task.part] > 0;
   }
-  return total;
+  return any;
 }
 
-Fault step_with(Team& team, std::vector<TableStep>& tables, InstructionSet instruction_set, Workspace& workspace) {
+// Walks partitions [begin, end): their rows that have slots, then the others.
+void walk_partitions(Team& team, std::vector<TableStep>& tables, Workspace& workspace, int64_t begin, int64_t end) {
+  auto walk = [&](int64_t index, int thread) {
+    const Task& task = workspace.partitions[static_cast<size_t>(begin + index)];
+    const auto t = static_cast<size_t>(task.table);
+    walk_partition(tables[t], workspace.tables[t], task.part, workspace.kernels[t],
+                   workspace.threads[static_cast<size_t>(thread)]);
+  };
+  team.for_each(end - begin, walk);
+  if (!assign_first_slots(tables, workspace, begin, end)) return;
+
+  auto walk_new = [&](int64_t index, int thread) {
+    const Task& task = workspace.partitions[static_cast<size_t>(begin + index)];
+    const auto t = static_cast<size_t>(task.table);
+    if (workspace.tables[t].num_new_rows[task.part] == 0) return;
+    walk_new_rows(tables[t], workspace.tables[t], task.part, workspace.kernels[t],
+                  workspace.threads[static_cast<size_t>(thread)]);
+  };
+  team.for_each(end - begin, walk_new);
+}
+
+Fault step_with(Team& team, std::vector<TableStep>& tables, bool is_one_by_one, InstructionSet instruction_set,
+                Workspace& workspace) {
   Fault fault = partition_lookups(workspace, team);
   if (fault.table >= 0) return fault;
   reserve_threads(tables, workspace);
 
-  std::vector<RowKernels> kernels;
+  workspace.kernels.clear();
   for (const TableStep& step : tables) {
     const Table& table = *step.table;
-    kernels.push_back(row_kernels_for(table.element, table.moments, table.stochastic_rounding, instruction_set));
+    workspace.kernels.push_back(
+        row_kernels_for(table.element, table.moments, table.stochastic_rounding, instruction_set));
   }
-  fault = look_at_rows(tables, kernels, workspace, team);
+  fault = look_at_rows(tables, workspace, team);
   if (fault.table >= 0) return fault;
   const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
-  std::vector<int64_t> num_new_rows(workspace.partitions.size());
-
-  auto walk = [&](int64_t index, int thread) {
-    const Task& task = workspace.partitions[static_cast<size_t>(index)];
-    const auto t = static_cast<size_t>(task.table);
-    walk_partition(tables[t], workspace.tables[t], task.part, kernels[t],
-                   workspace.threads[static_cast<size_t>(thread)]);
-  };
-  team.for_each(num_partitions, walk);
-  if (assign_first_slots(tables, workspace, num_new_rows) == 0) return {};
-
-  auto walk_new = [&](int64_t index, int thread) {
-    const auto i = static_cast<size_t>(index);
-    if (num_new_rows[i] == 0) return;
-    const Task& task = workspace.partitions[i];
-    const auto t = static_cast<size_t>(task.table);
-    TableScratch& scratch = workspace.tables[t];
-    walk_new_rows(tables[t], scratch, task.part, scratch.num_new_rows[task.part], num_new_rows[i], kernels[t],
-                  workspace.threads[static_cast<size_t>(thread)]);
-  };
-  team.for_each(num_partitions, walk_new);
+  for (int64_t begin = 0, end = 0; begin < num_partitions; begin = end) {
+    const int64_t table = workspace.partitions[static_cast<size_t>(begin)].table;
+    end = num_partitions;
+    if (is_one_by_one) {
+      for (end = begin; end < num_partitions && workspace.partitions[static_cast<size_t>(end)].table == table;) ++end;
+    }
+    walk_partitions(team, tables, workspace, begin, end);
+  }
   return {};
 }
 
@@ -394,10 +436,12 @@ Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int m
     if (table.history.missed != nullptr) table.history.missed->advance(table.history);
   }
   Borrowed<Workspace> borrowed;
-  const int num_threads = choose_num_threads(tables, max_threads);
+  const bool is_one_by_one = find_ranges(tables, (*borrowed).ranges);
+  const int num_threads = choose_num_threads(tables, is_one_by_one ? 1 : max_threads);
   plan(tables, num_threads, *borrowed);
+  set_values_apart(tables, *borrowed);
   Fault fault;
-  auto run = [&](Team& team) { fault = step_with(team, tables, instruction_set, *borrowed); };
+  auto run = [&](Team& team) { fault = step_with(team, tables, is_one_by_one, instruction_set, *borrowed); };
   with_team(num_threads, run);
   if (fault.table < 0) {
     for (TableStep& table : tables) table.log_decay += table.scalars.log_decay;

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <ctime>
 #include <exception>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -58,13 +60,6 @@ bool is_step_alone() {
 // A forked child has none of its parent's threads, and GNU OpenMP waits for them for ever: it steps alone.
 std::atomic<bool> is_forked_child{false};
 
-void watch_for_forks() {
-#if defined(__unix__) || defined(__APPLE__)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true); });
-  (void)registered;
-#endif
-}
-
 // The time, and the part of it that this thread has run, where the system tells.
 struct Clocks {
   double wall, running;
@@ -104,7 +99,11 @@ void fork_join(int num_threads, const ThreadMain& thread_main) {
   }
 #else
   std::vector<std::thread> helpers;
-  for (int thread = 1; thread < num_threads; ++thread) helpers.emplace_back([&, thread] { thread_main(thread); });
+  helpers.reserve(static_cast<size_t>(num_threads));
+  try {
+    for (int thread = 1; thread < num_threads; ++thread) helpers.emplace_back([&, thread] { thread_main(thread); });
+  } catch (const std::system_error&) {  // the system gives no more: those that there are do
+  }
   thread_main(0);
   for (std::thread& helper : helpers) helper.join();
 #endif
@@ -112,13 +111,20 @@ void fork_join(int num_threads, const ThreadMain& thread_main) {
 
 }  // namespace
 
+void watch_for_forks() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true); });
+  (void)registered;
+#endif
+}
+
 int threads_for(int64_t num_bytes, int max_threads) {
   return static_cast<int>(std::clamp<int64_t>(num_bytes / kMinBytesPerThread, 1, std::max(max_threads, 1)));
 }
 
 void Team::launch(int num_threads, void (*step)(void* context, Team& team), void* context) {
-  watch_for_forks();
   Team team;
+  std::fegetenv(&team.caller_environment_);
   if (num_threads <= 1 || is_forked_child.load() || is_step_alone()) {
     step(context, team);
     return;
@@ -153,6 +159,7 @@ void Team::run(const Phase& phase) {
   ticket_.store((number + 1) << kTaskBits, std::memory_order_release);
   take_tasks(number + 1, 0);
   wait_until_done(phase.num_tasks);
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Team::take_tasks(uint64_t number, int thread) {
@@ -162,9 +169,19 @@ void Team::take_tasks(uint64_t number, int thread) {
     if (index >= num_tasks_.load(std::memory_order_relaxed)) return;
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
     // The task is ours and its phase cannot end before it is done, so the phase may be read.
-    phase_.task(phase_.context, index, thread);
+    do_task(index, thread);
     num_done_.fetch_add(1, std::memory_order_release);
     ticket = ticket_.load(std::memory_order_acquire);
+  }
+}
+
+// No exception may leave a parallel region, nor the caller's a phase that others still work on.
+void Team::do_task(int64_t index, int thread) {
+  try {
+    phase_.task(phase_.context, index, thread);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(error_mutex_);
+    if (!error_) error_ = std::current_exception();
   }
 }
 
@@ -188,6 +205,9 @@ void Team::wait_until_done(int64_t num_tasks) const {
 
 void Team::help(int thread) {
   const Clocks began = clocks();
+  std::fenv_t own_environment;
+  std::fegetenv(&own_environment);
+  std::fesetenv(&caller_environment_);
   uint64_t seen = 0;
   for (int look = 0; seen != kDismissed; ++look) {
     const uint64_t number = ticket_.load(std::memory_order_acquire) >> kTaskBits;
@@ -201,6 +221,7 @@ void Team::help(int thread) {
       std::this_thread::yield();
     }
   }
+  std::fesetenv(&own_environment);
   const Clocks ended = clocks();
   const double took = ended.wall - began.wall;
   const double off_core = took - (ended.running - began.running);

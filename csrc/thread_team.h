@@ -8,7 +8,10 @@
 #pragma once
 
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 namespace sparseadam {
 
@@ -18,6 +21,7 @@ class Team {
  public:
   // Calls task(index, thread) for each index in [0, num_tasks), in any order and on any thread; returns when all are
   // done and what they wrote can be read. `thread` is below the team's size and tells apart those that run together.
+  // What a task throws is thrown here when all are done, or the first of it.
   template <class Task>
   void for_each(int64_t num_tasks, Task& task) {
     run({[](void* context, int64_t index, int thread) { (*static_cast<Task*>(context))(index, thread); }, &task,
@@ -39,6 +43,7 @@ class Team {
 
   void run(const Phase& phase);
   void take_tasks(uint64_t number, int thread);
+  void do_task(int64_t index, int thread);
   void wait_until_done(int64_t num_tasks) const;
   void help(int thread);
   void dismiss();
@@ -48,7 +53,14 @@ class Team {
   std::atomic<int64_t> num_tasks_{0};
   std::atomic<int64_t> num_done_{0};
   std::atomic<bool> helper_lost_core_{false};
+  std::fenv_t
+      caller_environment_{};  // rounding, and whether the smallest numbers are flushed to zero: the helpers' too
+  std::mutex error_mutex_;
+  std::exception_ptr error_;  // of the phase
 };
+
+// To be called before the process first forks: from then on a child of it, which has one thread only, steps alone.
+void watch_for_forks();
 
 // Runs step(team) with a team of at most num_threads. Results must not depend on how many help, which may be none.
 template <class Step>

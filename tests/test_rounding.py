@@ -587,6 +587,17 @@ def test_subnormal_numbers_of_float16_are_rounded_right(backend: str) -> None:
 
 
 @each_half
+def test_numbers_that_a_table_can_hold_stay_as_they_are(backend: str, dtype: torch.dtype) -> None:
+    """Of float16's subnormal numbers the largest ones most of all: 1 in 2**15 was rounded up where bits were added."""
+    numbers = torch.arange(1024 - 128, 1024, dtype=torch.float32) * 2.0**-24
+    start = numbers.to(dtype).expand(4000, 128).clone()
+    table = Parameter(start.clone())
+    optimizer = optimizer_of(table, stochastic_rounding=True, backend=backend)
+    step_all_rows(optimizer, table, torch.zeros(128))
+    assert torch.equal(table, start)
+
+
+@each_half
 def test_numbers_near_the_largest_do_not_become_infinite_by_chance(backend: str, dtype: torch.dtype) -> None:
     """Updates towards infinity, each below half a spacing: to nearest, the largest number would stay what it is."""
     largest = torch.finfo(dtype).max

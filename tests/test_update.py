@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -243,6 +245,79 @@ def test_overlapping_views_are_updated_one_after_the_other(restore_threads: None
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("is_first_step", [True, False])
+def test_tables_on_one_memory_are_updated_in_their_order(backend: str, is_first_step: bool) -> None:
+    """Also where rows are new to the first of them and known to the second."""
+    memory = torch.ones(8, 4)
+    tables = [torch.nn.Parameter(memory), torch.nn.Parameter(memory)]
+    optimizer = SparseAdam(tables, lr=0.1, weight_decay=0.5, backend=backend)
+    expected = torch.ones(8, 4)
+    if not is_first_step:
+        tables[1].grad = coo(np.arange(8), np.ones((8, 4)), (8, 4), torch.float32)
+        optimizer.step()
+        expected = memory.clone()
+    for table, slope in zip(tables, (-1.0, 1.0), strict=True):
+        table.grad = coo(np.arange(8), np.full((8, 4), slope), (8, 4), torch.float32)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * slope  # gradients of one size make steps of lr
+    optimizer.step()
+    torch.testing.assert_close(memory, expected, rtol=0, atol=1e-6)
+
+
+@needs_native
+def test_values_in_the_table_itself_are_read_before_they_are_written(restore_threads: None) -> None:
+    torch.set_num_threads(2)
+    start = torch.randn(40_001, 8, generator=torch.Generator().manual_seed(3))
+    found = []
+    for backend in ("native", "reference"):
+        table = torch.nn.Parameter(start.clone())
+        optimizer = SparseAdam([table], lr=0.1, backend=backend)
+        for _ in range(2):
+            rows = torch.arange(1, 40_001)[None]
+            table.grad = torch.sparse_coo_tensor(rows, table.data[:-1], table.shape, check_invariants=True)
+            optimizer.step()
+        found.append(table.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+@needs_native
+def test_numbers_flushed_to_zero_are_so_on_any_number_of_threads(restore_threads: None) -> None:
+    """A thread has its own setting; those that help take the caller's."""
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).exp()  # torch's threads are there, without the setting
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            table = torch.nn.Parameter(torch.zeros(50_000, 64))
+            optimizer = SparseAdam([table])
+            table.grad = torch.sparse_coo_tensor(
+                torch.arange(50_000)[None],
+                torch.full((50_000, 64), 1e-19),
+                table.shape,
+                check_invariants=True,
+            )
+            optimizer.step()
+            assert not optimizer.state[table]["exp_avg_sq"].view(torch.int32).any(), f"{num_threads} threads"
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@needs_native
+def test_a_row_of_millions_of_lookups_is_sorted_as_any_other(restore_threads: None) -> None:
+    """Partitions this large are sorted in other memory than small ones."""
+    rng = np.random.default_rng(5)
+    rows = np.where(rng.random(150_000) < 0.7, 777, rng.integers(0, 2000, 150_000))
+    values = torch.from_numpy(rng.standard_normal((150_000, 3)))
+    grad = coo(rows, values, (2000, 3), torch.float64)
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        got = run_steps(torch.ones(2000, 3, dtype=torch.float64), [grad, grad], "native")
+        want = run_steps(torch.ones(2000, 3, dtype=torch.float64), [grad, grad], "reference")
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_a_gradient_that_lies_about_being_coalesced_is_summed(backend: str) -> None:
     rows, values = torch.tensor([[4, 1, 4]]), torch.tensor([[1.0], [2.0], [3.0]])
     liar = torch.sparse_coo_tensor(rows, values, (6, 1), is_coalesced=True, check_invariants=False)
@@ -288,6 +363,28 @@ def test_a_forked_child_steps_to_the_same_bits(restore_threads: None) -> None:
         os.waitpid(child, 0)
         pytest.fail("the child hangs")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_forked_before_the_first_step_steps() -> None:
+    """In a process of its own, where torch has used its threads and this library has not."""
+    script = """if True:
+        import os, torch
+        from sparseadam import SparseAdam
+        torch.set_num_threads(2)
+        torch.ones(1 << 22).sum()
+        table = torch.nn.Parameter(torch.zeros(50_000, 64))
+        optimizer = SparseAdam([table], backend="native")
+        rows = torch.arange(50_000)[None]
+        table.grad = torch.sparse_coo_tensor(rows, torch.ones(50_000, 64), table.shape, check_invariants=True)
+        child = os.fork()
+        if child == 0:
+            optimizer.step()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
 
 
 @needs_native

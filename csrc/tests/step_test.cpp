@@ -10,6 +10,7 @@
 #include "../step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdarg>
@@ -17,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <utility>
@@ -498,9 +500,34 @@ void test_team_takes_each_task_once() {
   with_team(4, run);
 }
 
+// Whichever threads they ran on: the phase ends first, and the next one is as good as any.
+void test_team_passes_on_what_tasks_throw() {
+  constexpr int64_t kNumTasks = 64;
+  steps_alone.store(0);
+  auto run = [&](Team& team) {
+    std::atomic<int> num_done{0};
+    auto task = [&](int64_t index, int) {
+      num_done.fetch_add(1);
+      if (index % 2 == 1) throw std::bad_alloc();
+    };
+    bool has_thrown = false;
+    try {
+      team.for_each(kNumTasks, task);
+    } catch (const std::bad_alloc&) {
+      has_thrown = true;
+    }
+    CHECK(has_thrown && num_done.load() == kNumTasks, "thrown: %d, tasks done: %d", has_thrown, num_done.load());
+    auto good_task = [&](int64_t, int) { num_done.fetch_add(1); };
+    team.for_each(kNumTasks, good_task);
+    CHECK(num_done.load() == 2 * kNumTasks, "tasks done: %d", num_done.load());
+  };
+  with_team(4, run);
+}
+
 void test_threads() {
   test_team_phases();
   test_team_takes_each_task_once();
+  test_team_passes_on_what_tasks_throw();
   test_same_bits();
   test_steps_at_once();
   test_bad_index_changes_nothing();

@@ -94,8 +94,11 @@ def _from_bits(bits: Tensor) -> Tensor:
     return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
 
 
-def _unit_interval(random: Tensor) -> Tensor:
-    return (random >> 8).to(torch.float32) * 2.0**-24
+def _round_to_whole(values: Tensor, random: Tensor) -> Tensor:
+    # Compared, not added: the sum would be rounded, and now and then to a whole number that it does not reach.
+    below = torch.floor(values)
+    unit_interval = (random >> 8).to(torch.float32) * 2.0**-24
+    return below + (unit_interval < values - below)
 
 
 def round_stochastically(values: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,7 +116,7 @@ def round_stochastically(values: Tensor, random: Tensor, dtype: torch.dtype) -> 
         return torch.where(values.abs() <= limit, rounded, values).to(dtype)
     magnitude = values.abs()
     normal = _from_bits((_bits_of(magnitude) + (random & 0x1FFF)) & 0xFFFFE000)
-    subnormal = torch.floor(magnitude * 2.0**24 + _unit_interval(random)) * 2.0**-24
+    subnormal = _round_to_whole(magnitude * 2.0**24, random) * 2.0**-24
     rounded = torch.where(magnitude < 2.0**-14, subnormal, normal.clamp(max=65504.0))
     return torch.where(magnitude <= 65504.0, rounded, magnitude).copysign(values).to(dtype)
 
@@ -163,7 +166,7 @@ def _encode(magnitudes: Tensor, random: Tensor, exponent_bits: int) -> tuple[Ten
     top = _top_exponent(exponent_bits)
     dropped = 23 - _MANTISSA_BITS
     normal = (_bits_of(unit) - ((127 - top) << 23) + (random & (2**dropped - 1))) >> dropped
-    subnormal = (unit * 2.0 ** (top - 1 + _MANTISSA_BITS) + _unit_interval(random)).to(torch.int64)
+    subnormal = _round_to_whole(unit * 2.0 ** (top - 1 + _MANTISSA_BITS), random).to(torch.int64)
     codes = torch.where(unit < 2.0 ** (1 - top), subnormal, normal)
     return codes.clamp(max=2 ** (exponent_bits + _MANTISSA_BITS) - 1), scales
 

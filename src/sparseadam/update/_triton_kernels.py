@@ -274,7 +274,8 @@ def update_rows(
     tl.store(rows + slot, row, mask=is_new_row)
 
     if ROW_STEPS:
-        touches = tl.load(row_steps + slot, mask=is_row, other=0) + 1
+        touches = tl.load(row_steps + slot, mask=is_row, other=0)
+        touches += (touches < 2147483647).to(tl.int32)  # there both corrections are 1
         tl.store(row_steps + slot, touches, mask=is_row)
         count = touches.to(tl.float64)[:, None]
         row_step_size = _number(lr, tl.float64) / (1.0 - tl.exp2(count * _number(log2_beta1, tl.float64)))

@@ -65,8 +65,10 @@ def _from_bits(bits):
 
 
 @triton.jit
-def _unit_interval(random):
-    return (random >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+def _round_to_whole(values, random):
+    below = tl.floor(values)
+    unit_interval = (random >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+    return below + (unit_interval < values - below).to(tl.float32)
 
 
 # Floats of 16 bits --------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def narrow_stochastically(values, random, dtype: tl.constexpr):
         normal = tl.where(normal < 65504.0, normal, 65504.0)
         is_normal = value >= 6.103515625e-05  # 2**-14
         in_spacings = tl.where(is_normal, 0.0, value * 16777216.0)  # 2**24
-        subnormal = tl.floor(in_spacings + _unit_interval(random)) * 5.9604644775390625e-08
+        subnormal = _round_to_whole(in_spacings, random) * 5.9604644775390625e-08
         rounded = tl.where(is_normal, normal, subnormal)
         chosen = tl.where(value <= 65504.0, rounded, value)
         return _from_bits(_bits_of(chosen) | sign).to(tl.float16)
@@ -138,7 +140,7 @@ def _encode(unit, random, exponent_bits: tl.constexpr):
     normal = (_bits_of(unit) - ((127 - top) << 23) + (random & 0xFFFFF)) >> 20
     is_normal = unit >= smallest_normal
     in_spacings = tl.where(is_normal, smallest_normal, unit) * (8.0 / smallest_normal)
-    subnormal = (in_spacings + _unit_interval(random)).to(tl.int32).to(tl.uint32)
+    subnormal = _round_to_whole(in_spacings, random).to(tl.int32).to(tl.uint32)
     codes = tl.where(is_normal, normal, subnormal)
     return tl.where(codes < largest, codes, largest)
 

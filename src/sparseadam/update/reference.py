@@ -180,8 +180,10 @@ def _row_corrections(moments: Moments, slots: Tensor, scalars: StepScalars) -> t
     """Return ``step_size`` and ``root_scale``: the step's, or each row's by its own touches, which are counted here."""
     if not moments.layout.row_steps:
         return scalars.step_size, scalars.root_scale
-    moments["row_steps"][slots] += 1
-    touches = moments["row_steps"][slots].to(torch.float64)
+    row_steps = moments["row_steps"][slots].to(torch.int64) + 1
+    row_steps = row_steps.clamp_(max=torch.iinfo(torch.int32).max)  # there both corrections are 1
+    moments["row_steps"][slots] = row_steps.to(torch.int32)
+    touches = row_steps.to(torch.float64)
     corrections = bias_corrections(scalars.lr, scalars.beta1, scalars.beta2, touches, scalars.torch_eps)
     step_size, root_scale = (moments.as_rows(correction) for correction in corrections)
     return step_size, root_scale
