@@ -196,6 +196,20 @@ void sum_lookups(const Coalescing& rows_of, uintptr_t values, int64_t width, con
               num_threads);
 }
 
+int visit_steady_step(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  return nb::inst_ready(self) ? nb::inst_ptr<SteadyStep>(self)->visit_objects(visit, arg) : 0;
+}
+
+int release_steady_step(PyObject* self) {
+  nb::inst_ptr<SteadyStep>(self)->release_objects();
+  return 0;
+}
+
+PyType_Slot steady_step_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&visit_steady_step)},
+                                   {Py_tp_clear, reinterpret_cast<void*>(&release_steady_step)},
+                                   {0, nullptr}};
+
 std::optional<SteadyStep> make_steady_step(nb::handle tensor_type) {
   const ReadTensor reader = find_reader(tensor_type);
   if (reader == nullptr) return std::nullopt;
@@ -255,7 +269,8 @@ NB_MODULE(_native, m) {
       .def("sum", &sum_lookups, nb::kw_only(), nb::arg("values"), nb::arg("width"), nb::arg("element_type"),
            nb::arg("instruction_set"), nb::arg("rows"), nb::arg("sums"), nb::arg("num_threads"),
            "Write the touched rows and the sums of their values, in the dtype of their moments.");
-  nb::class_<SteadyStep>(m, "SteadyStep", "A step whose tables all look as they did when they were listed here.")
+  nb::class_<SteadyStep>(m, "SteadyStep", nb::type_slots(steady_step_slots),
+                         "A step whose tables all look as they did when they were listed here.")
       .def("add_group", &SteadyStep::add_group)
       .def(
           "add_table",

@@ -240,6 +240,36 @@ bool SteadyStep::DictLook::is_as_before(nb::dict dict) const {
   return true;
 }
 
+int SteadyStep::DictLook::visit_objects(visitproc visit, void* arg) const {
+  for (const auto& [key, value] : entries_) {
+    Py_VISIT(key.ptr());
+    Py_VISIT(value.ptr());
+  }
+  return 0;
+}
+
+int SteadyStep::visit_objects(visitproc visit, void* arg) const {
+  for (const std::vector<Parameter>& group : groups_) {
+    for (const Parameter& parameter : group) {
+      Py_VISIT(parameter.object.ptr());
+      Py_VISIT(parameter.native_table.ptr());
+      Py_VISIT(parameter.dense_state.ptr());
+      for (const Part& part : parameter.parts) Py_VISIT(part.tensor.ptr());
+    }
+  }
+  for (const DictLook& look : options_) {
+    if (const int found = look.visit_objects(visit, arg)) return found;
+  }
+  return state_.visit_objects(visit, arg);
+}
+
+// What letting go of the objects calls may look at this again, and finds it empty.
+void SteadyStep::release_objects() {
+  const auto groups = std::exchange(groups_, {});
+  const auto state = std::exchange(state_, {});
+  const auto options = std::exchange(options_, {});
+}
+
 bool SteadyStep::read_group(const std::vector<Parameter>& group, nb::handle parameters, nb::handle scalars_at,
                             Reading& reading) const {
   if (!nb::isinstance<nb::list>(parameters)) return false;

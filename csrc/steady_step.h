@@ -63,6 +63,10 @@ class SteadyStep {
   nanobind::object run(nanobind::dict state, nanobind::list groups, nanobind::list scalars_at,
                        InstructionSet instruction_set, int num_threads) const;
 
+  // For Python's garbage collector: a parameter may hold the optimizer, which holds this, which holds the parameter.
+  int visit_objects(visitproc visit, void* arg) const;
+  void release_objects();
+
  private:
   struct Look {
     void* data = nullptr;
@@ -91,6 +95,7 @@ class SteadyStep {
     DictLook() = default;
     explicit DictLook(nanobind::dict dict);
     bool is_as_before(nanobind::dict dict) const;
+    int visit_objects(visitproc visit, void* arg) const;
 
    private:
     std::vector<std::pair<nanobind::object, nanobind::object>> entries_;

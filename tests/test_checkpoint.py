@@ -738,6 +738,14 @@ def at_top(**parts: Any) -> Change:
 
 
 WHOLE_MISFITS: dict[str, tuple[Change, type[Exception], str]] = {
+    "states in a list": (at_top(state=[]), TypeError, "state is list, a dict expected"),
+    "no groups": (at_top(param_groups=None), TypeError, "param_groups is NoneType, a list of dicts expected"),
+    "a group that is none": (at_top(param_groups=[{}, 3]), TypeError, r"param_groups\[1\] is int, a dict expected"),
+    "one number for all": (
+        in_last_group(params=3),
+        TypeError,
+        r"param_groups\[1\]\['params'\] is int, a list expected",
+    ),
     "a group too few": (drop_group, ValueError, "1, and the optimizer has 2"),
     "a parameter too few": (drop_param, ValueError, "1 parameters? for the 2 of group 1"),
     "a newer format": (
@@ -790,6 +798,11 @@ def test_a_checkpoint_whose_groups_do_not_fit_is_refused(
     saved = deepcopy(Run(backend).steps(4).optimizer.state_dict())
     change(saved)
     assert_refused(Run(backend).steps(2), saved, pattern, error)
+
+
+@pytest.mark.parametrize("saved", [None, 3, []], ids=str)
+def test_what_is_no_state_dict_is_refused(backend: str, saved: Any) -> None:
+    assert_refused(Run(backend).steps(2), saved, f"a state dict is {type(saved).__name__}, a dict expected", TypeError)
 
 
 @pytest.mark.parametrize("key", ["state", "param_groups"])

@@ -594,6 +594,107 @@ def test_step_hooks_see_and_change_the_step(backend: str) -> None:
     assert torch.equal(after[0], twin.users.weight)
 
 
+def test_hooks_run_once_for_a_subclass_with_a_step_of_its_own(backend: str) -> None:
+    class Own(SparseAdam):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    model = Model()
+    optimizer = Own(model.tables, backend=backend)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(model, optimizer, range(2))
+    assert calls == ["before", "after"] * 2
+
+
+# State made in inference mode could not be updated outside of it.
+@pytest.mark.parametrize("options", [{}, {"dense_gradients": "adam"}, {"missed_steps": "replay", "weight_decay": 0.1}])
+def test_steps_and_reads_in_inference_mode_are_as_any_others(backend: str, options: dict[str, Any]) -> None:
+    model, twin = Model(), Model()
+    for each in (model, twin):
+        each.bias = nn.Parameter(torch.zeros(3))
+        parameters = [*each.tables, *([each.bias] if "dense_gradients" in options else [])]
+        optimizer = SparseAdam(parameters, backend=backend, **options)
+        optimizer.attach(each)
+        for seed in range(4):
+            optimizer.zero_grad()
+            each.backward(seed)
+            each.bias.grad = torch.ones(3)
+            with torch.inference_mode(each is model and seed % 2 == 0):
+                optimizer.step()
+                each.loss(seed + 1)
+        optimizer.flush()
+    assert_equal_models(model, twin)
+    assert torch.equal(model.bias, twin.bias)
+
+
+def test_a_parameter_made_in_inference_mode_is_refused_before_anything_is_written(backend: str) -> None:
+    with torch.inference_mode():
+        made_there = nn.Parameter(torch.zeros(5, 2), requires_grad=False)
+    table = nn.Parameter(torch.zeros(5, 2))
+    optimizer = SparseAdam([table, made_there], backend=backend)
+    for each in (table, made_there):
+        each.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (5, 2), check_invariants=True)
+    with pytest.raises(RuntimeError, match=r"group 0, parameter 1 was made in torch\.inference_mode\(\)"):
+        optimizer.step()
+    assert not table.any()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"missed_steps": "replay", "weight_decay": 0.1},
+        {"weight_decay": 0.1, "weight_decay_mode": "exact"},
+        {"dense_gradients": "adam"},
+        {"moment_dtype": torch.uint8},
+    ],
+    ids=str,
+)
+def test_tables_on_the_cpu_do_not_care_for_the_default_device(backend: str, options: dict[str, Any]) -> None:
+    """As where everything else of a model is on a GPU; the meta device stands for one."""
+    results = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model = Model()
+        ids = torch.arange(3)
+        calls = [(seed, torch.Generator().manual_seed(seed)) for seed in range(5)]
+        gradients = []
+        for seed, _ in calls:
+            model.zero_grad()
+            model.backward(seed)
+            gradients.append([table.grad for table in model.tables])
+        gradients[2] = [grad * 0 for grad in gradients[2]]
+        empty = torch.zeros(1, 0, dtype=torch.int64)
+        gradients[3] = [
+            torch.sparse_coo_tensor(empty, torch.zeros(0, table.shape[1]), table.shape, check_invariants=True)
+            for table in model.tables
+        ]
+        with torch.device(device):
+            optimizer = SparseAdam(model.tables, backend=backend, **options)
+            for number, given in enumerate(gradients):
+                for table, grad in zip(model.tables, given, strict=True):
+                    optimizer.catch_up(table, grad._indices()[0])
+                    table.grad = grad
+                sparseadam.clip_grad_norm_(model.tables, 1.0)
+                if number % 2 == 0:
+                    sparseadam.clip_grad_value_(model.tables, 0.1)
+                    sparseadam.coalesce_grads_(model.tables)
+                optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.flush()
+            model.zero_grad()
+            optimizer.forget(model.tables[0], ids)
+            optimizer.resize(model.tables[0], 40)
+            optimizer.resize(model.tables[1], 10)
+            for part in optimizer.state_dict()["state"][1].values():
+                assert not isinstance(part, Tensor) or part.device.type == "cpu"
+        results.append([table.detach() for table in model.tables])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_state_dict_hooks_see_plain_values(backend: str) -> None:
     model = Model()
     optimizer = SparseAdam(model.tables, backend=backend)

@@ -510,6 +510,75 @@ def test_several_threads_may_read_at_once(backend: str) -> None:
     assert len(optimizers[0].state[tables[0]]["rows"]) == 5000
 
 
+def test_a_thread_may_read_while_another_one_steps(backend: str) -> None:
+    """Both give slots to new rows: each row has one of its own afterwards."""
+    table = nn.Parameter(torch.zeros(3000, 2))
+    optimizer = SparseAdam([table], lr=0.1, weight_decay=0.1, missed_steps="replay", backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    reads = [torch.randint(3000, (400,), generator=generator) for _ in range(100)]
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.map(lambda rows: optimizer.catch_up(table, rows), reads)
+        for _ in range(100):
+            rows = torch.randint(3000, (20,), generator=generator)
+            give_gradient(table, rows, torch.ones(20, 2))
+            with replay.TURNS:  # as rows that are read are those of the gradient that follows
+                optimizer.catch_up(table, rows)
+                optimizer.step()
+        list(reading)
+    rows = optimizer.state[table]["rows"]
+    assert len(rows.unique()) == len(rows)
+    optimizer.flush()
+    assert table.isfinite().all()
+
+
+def test_an_interrupted_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C arrives when native code has returned: what is written then is known to be written."""
+    settings = [behind("native", weight_decay=0.1) for _ in range(2)]
+    rows = torch.tensor([1, 3, 15])
+
+    def interrupted(*arguments: Any) -> None:
+        native_update_rows(*arguments)
+        raise KeyboardInterrupt
+
+    native_update_rows = native.update_rows
+    for setting in settings:
+        setting.optimizer.catch_up(setting.table, rows)
+        give_gradient(setting.table, rows, torch.ones(3, 6))
+        if setting is settings[0]:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(native, "update_rows", interrupted)
+                setting.optimizer.step()
+        else:
+            setting.optimizer.step()
+    for setting in settings:
+        setting.optimizer.catch_up(setting.table, rows)
+        give_gradient(setting.table, rows, torch.ones(3, 6))
+        setting.optimizer.step()
+    assert snapshot(settings[0].optimizer) == snapshot(settings[1].optimizer)
+
+
+def test_steps_beyond_what_clocks_can_count_are_refused(backend: str) -> None:
+    table = nn.Parameter(torch.zeros(4, 2))
+    optimizer = SparseAdam([table], missed_steps="replay", backend=backend)
+    give_gradient(table, torch.tensor([1]), torch.ones(1, 2))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = 2**31
+    with pytest.raises(ValueError, match="step is 2147483648, at most 2147483647 expected"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0]["step"] = 2**31 - 2
+    optimizer.load_state_dict(saved)
+    for is_last in (False, True):
+        optimizer.catch_up(table, torch.tensor([1]))
+        give_gradient(table, torch.tensor([1]), torch.ones(1, 2))
+        if not is_last:
+            optimizer.step()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="at step 2147483647, the last one"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
 def test_rows_never_touched_are_behind_only_where_weights_decay(backend: str) -> None:
     plain, decaying = behind(backend), behind(backend, weight_decay=0.1)
     for setting in (plain, decaying):

@@ -482,6 +482,28 @@ def test_a_compiled_model_has_sparse_gradients_and_no_graph_break(backend: str, 
     assert not counters["graph_break"]
 
 
+# Dynamo looks at the gradients of what is on the stack where it breaks the graph, and warns of itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_a_step_called_from_compiled_code_is_not_compiled(backend: str, fresh_compiler: None) -> None:
+
+    def trained(*, compiles: bool) -> list[Tensor]:
+        table = nn.Embedding.from_pretrained(torch.ones(20, 4), freeze=False, sparse=True)
+        bias = nn.Parameter(torch.zeros(4))
+        optimizer = SparseAdam([table.weight, bias], lr=0.1, dense_gradients="adam", backend=backend)
+
+        def train(rows: Tensor) -> None:
+            optimizer.zero_grad()
+            (table(rows) + bias).square().sum().backward()
+            optimizer.step()
+
+        train_as_asked = torch.compile(train, backend="eager") if compiles else train
+        for number in range(3):
+            train_as_asked(torch.tensor([number, 1, 7]))
+        return [table.weight.detach(), bias.detach()]
+
+    assert all(map(torch.equal, trained(compiles=True), trained(compiles=False)))
+
+
 def looked_up_loss(users: nn.Module, items: nn.Module, head: nn.Module, user_ids: Tensor, item_ids: Tensor) -> Tensor:
     return head(torch.cat([users(user_ids), items(item_ids)], dim=1)).tanh().sum()
 

@@ -245,6 +245,19 @@ def test_overlapping_views_are_updated_one_after_the_other(restore_threads: None
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize(("shape", "strides"), [((200, 4), (0, 1)), ((100, 4), (2, 1)), ((5, 5), (1, 1))], ids=str)
+def test_a_table_whose_rows_share_memory_is_refused(
+    backend: str, shape: tuple[int, int], strides: tuple[int, int]
+) -> None:
+    memory = torch.ones(300)
+    table = torch.nn.Parameter(memory.as_strided(shape, strides))
+    optimizer = SparseAdam([table], backend=backend)
+    table.grad = coo(np.array([1, 2]), np.ones((2, shape[1])), shape, torch.float32)
+    with pytest.raises(RuntimeError, match="elements of group 0, parameter 0 share memory"):
+        optimizer.step()
+    assert (memory == 1).all()
+
+
 @pytest.mark.parametrize("is_first_step", [True, False])
 def test_tables_on_one_memory_are_updated_in_their_order(backend: str, is_first_step: bool) -> None:
     """Also where rows are new to the first of them and known to the second."""

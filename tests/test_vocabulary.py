@@ -472,6 +472,21 @@ def test_a_table_without_state_is_resized_too(backend: str, case: str) -> None:
     assert snapshot(grown.step(2).optimizer) == snapshot(large.step(2).optimizer)
 
 
+def test_a_table_whose_gradient_names_no_row_is_resized(backend: str) -> None:
+    """Its one row is the whole table; what is kept of its elements stays with them."""
+    table = torch.nn.Parameter(torch.zeros(5, 2))
+    optimizer = SparseAdam([table], backend=backend)
+    for num_rows in (5, 7, 3):
+        optimizer.resize(table, num_rows)
+        shape = (num_rows, 2)
+        no_rows = torch.zeros(0, 1, dtype=torch.int64)
+        table.grad = torch.sparse_coo_tensor(no_rows, torch.ones(1, *shape), shape, check_invariants=True)
+        optimizer.step()
+        table.grad = None
+    assert optimizer.state[table]["exp_avg"].shape == (1, 3, 2)
+    torch.testing.assert_close(optimizer.state[table]["exp_avg"], torch.full((1, 3, 2), 1 - 0.9**3))
+
+
 def test_a_table_of_any_strides_is_resized(backend: str) -> None:
     """It is contiguous afterwards, so that native code can take it, which it could not before."""
     torch.manual_seed(0)

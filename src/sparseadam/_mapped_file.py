@@ -67,7 +67,7 @@ class MappedFile(mmap.mmap):
         """Return a part of the file as a tensor, whose storage ends where the tensor ends."""
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return torch.frombuffer(self, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
     def prefetch(self, begins: Tensor, num_bytes: int) -> None:
@@ -95,7 +95,7 @@ class MappedFile(mmap.mmap):
         """Return the pages that records are on, with repeats."""
         first, last = begins // mmap.PAGESIZE, (begins + (num_bytes - 1)) // mmap.PAGESIZE
         most = (num_bytes + mmap.PAGESIZE - 2) // mmap.PAGESIZE + 1
-        return torch.minimum(first[:, None] + torch.arange(most), last[:, None]).flatten()
+        return torch.minimum(first[:, None] + torch.arange(most, device="cpu"), last[:, None]).flatten()
 
     def allocate(self, begins: Tensor, num_bytes: int) -> None:
         """Have the disk keep room for records, so that storing to them cannot fail.
@@ -139,10 +139,10 @@ def _runs(pages: Tensor) -> list[tuple[int, int]]:
     """Return the stretches of consecutive numbers among ascending distinct ones, each as begin and end."""
     if len(pages) == 0:
         return []
-    is_first = torch.ones(len(pages), dtype=torch.bool)
+    is_first = torch.ones(len(pages), dtype=torch.bool, device="cpu")
     is_first[1:] = pages[1:] != pages[:-1] + 1
     begins = is_first.nonzero()[:, 0]
-    ends = torch.cat([begins[1:], torch.tensor([len(pages)])]) - 1
+    ends = torch.cat([begins[1:], torch.tensor([len(pages)], device="cpu")]) - 1
     return list(zip(pages[begins].tolist(), (pages[ends] + 1).tolist(), strict=True))
 
 

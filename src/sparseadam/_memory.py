@@ -99,7 +99,7 @@ class ReservedArray:
         """
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(tuple(shape), dtype=self._dtype)
+            return torch.empty(tuple(shape), dtype=self._dtype, device="cpu")
         return torch.frombuffer(self._buffer, dtype=self._dtype, count=count).view(tuple(shape))
 
 

@@ -85,7 +85,8 @@ class Place(NamedTuple):
         """Return the words for this parameter in a message; its own name where the user gave named parameters."""
         place = f"group {self.group_index}, parameter {self.position}"
         names = self.group.get("param_names")
-        return f"{names[self.position]!r} ({place})" if names else place
+        # Parameters put into the group's list by hand have no name.
+        return f"{names[self.position]!r} ({place})" if names and self.position < len(names) else place
 
 
 class GroupOptions(NamedTuple):
@@ -538,6 +539,22 @@ def dense_nonfinite_error(place: Place, first: Sequence[int], count: int) -> Run
     return RuntimeError(
         f"the gradient of {place} is not finite, first at {shape_text(first)} and in {count} elements, and "
         "nonfinite='error'. No parameter was changed. Look for what made it so, or clip gradients."
+    )
+
+
+def clock_error(place: Place, step: int) -> RuntimeError:
+    """Make the error for a table that has replayed as many steps as its rows' clocks can count."""
+    return RuntimeError(
+        f"{place} is at step {step}, the last one that missed_steps='replay' can count. Nothing was changed. Call "
+        "optimizer.flush(), and go on with a new optimizer."
+    )
+
+
+def inference_error(place: Place) -> RuntimeError:
+    """Make the error for a parameter that was made in inference mode."""
+    return RuntimeError(
+        f"{place} was made in torch.inference_mode() and cannot be updated. Make the model outside of it, or the "
+        "parameter of a clone made outside of it."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._validate import GROUP_OPTIONS, SEED, GroupOptions, Place, checkpoint_error, shape_text
-from .moments import CLOCKS, Moments, StateLayout, moment_dtype
+from .moments import CLOCKS, LARGEST_CLOCK, Moments, StateLayout, moment_dtype
 
 # Written beside the state; raised when a file of the old form could no longer be read.
 FORMAT_KEY = "sparseadam_format"
@@ -46,16 +46,31 @@ def check_format(state_dict: Mapping[str, Any]) -> None:
     """Refuse what is no state dict, or one from a later version.
 
     Raises:
+        TypeError: it, or a part of it, is of another type than PyTorch's.
         ValueError: a part is missing, or the format is not one that this version knows.
     """
+    _check_type(state_dict, Mapping, "a state dict", "a dict")
     for key in ("state", "param_groups"):
         if key not in state_dict:
             found = ", ".join(map(str, state_dict)) or "nothing"
             raise checkpoint_error("all parameters", f"{key} missing, found {found}")
+    _check_type(state_dict["state"], Mapping, "state", "a dict")
+    _check_type(state_dict["param_groups"], Sequence, "param_groups", "a list of dicts")
+    for index, group in enumerate(state_dict["param_groups"]):
+        _check_type(group, Mapping, f"param_groups[{index}]", "a dict")
+        _check_type(group.get("params", []), Sequence, f"param_groups[{index}]['params']", "a list")
     version = state_dict.get(FORMAT_KEY, FORMAT)
     if version != FORMAT:
         raise checkpoint_error(
             "all parameters", f"{FORMAT_KEY} is {version!r}, and this version of sparseadam reads {FORMAT}"
+        )
+
+
+def _check_type(value: object, expected: type, what: str, expected_text: str) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(
+            f"{what} is {type(value).__name__}, {expected_text} expected, as state_dict() returns it. "
+            "The optimizer is unchanged."
         )
 
 
@@ -151,7 +166,7 @@ def read_state(state: Any, table: Tensor, place: Place, options: GroupOptions, *
         return _read_dense(check_dense_state(state, table, place, layout), state, table, layout, device)
     optional = [name for name in ("num_skipped", *(CLOCKS if layout.replays else ())) if name in state]
     _check_keys(state, [*_compact_keys(layout), *optional], place)
-    step = _read_step(state["step"], place)
+    step = _read_step(state["step"], place, layout)
     _check_clocks(state, step, place)
     for key in _DENSE_KEYS[1:]:
         _check_moment(state[key], key, table, place, layout, dense=False)
@@ -171,7 +186,7 @@ def check_dense_state(state: Mapping[str, Any], parameter: Tensor, place: Place,
     _check_keys(state, wanted, place)
     for key in wanted[1:]:
         _check_moment(state[key], key, parameter, place, layout, dense=True)
-    return _read_step(state["step"], place)
+    return _read_step(state["step"], place, layout)
 
 
 def _check_keys(state: Mapping[Any, Any], wanted: Sequence[str], place: Place) -> None:
@@ -198,13 +213,15 @@ def _dense_keys(layout: StateLayout, place: Place) -> list[str]:
     return [*_DENSE_KEYS, *(["max_exp_avg_sq"] if layout.amsgrad else [])]
 
 
-def _read_step(step: object, place: Place) -> int:
+def _read_step(step: object, place: Place, layout: StateLayout) -> int:
     """Return a step count, which is an int here and in SparseAdam, and a one-element tensor in Adam."""
     value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_STEP:
         raise checkpoint_error(place, f"step is {step!r}, a whole number of at least 0 expected")
+    if layout.replays and value > LARGEST_CLOCK:
+        raise checkpoint_error(place, f"step is {value}, at most {LARGEST_CLOCK} expected with missed_steps='replay'")
     return value
 
 
@@ -219,7 +236,11 @@ def _check_moment(moment: object, key: str, table: Tensor, place: Place, layout:
         allowed.add(table.dtype)  # PyTorch keeps the moments of half-precision tables in half precision
     if moment.dtype not in allowed:
         wanted = " or ".join(sorted(map(str, allowed)))
-        raise checkpoint_error(place, f"{key} has dtype {moment.dtype}, {wanted} expected")
+        raise checkpoint_error(
+            place,
+            f"{key} has dtype {moment.dtype}, {wanted} expected; where the table's dtype was changed on purpose, "
+            "convert the checkpoint's moments with .to() before loading it",
+        )
     if dense and moment.shape != table.shape:
         raise checkpoint_error(
             place,
@@ -271,7 +292,7 @@ def _read_compact(
 def _check_clocks(state: Mapping[str, Any], step: int, place: Place) -> None:
     """Refuse the live state of a table with rows that are behind: what they missed is not in it."""
     for name in CLOCKS:
-        if name in state and not bool((torch.as_tensor(state[name]) == step).all()):
+        if name in state and not bool((torch.as_tensor(state[name], device="cpu") == step).all()):
             raise checkpoint_error(
                 place,
                 f"{name} shows rows that are behind step {step}. Call flush() before a state is taken out of an "

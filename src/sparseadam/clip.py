@@ -235,5 +235,7 @@ def _scale(grad: Tensor, coefficient: Tensor) -> None:
 def _write(grad: Tensor, indices: Tensor, values: Tensor, *, is_coalesced: bool) -> None:
     """Give a gradient these lookups, in new memory and in its own dtype; other holders of the old memory keep it."""
     values = values.to(grad.dtype)
-    lookups = torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=is_coalesced, check_invariants=False)
+    lookups = torch.sparse_coo_tensor(
+        indices, values, grad.shape, device=grad.device, is_coalesced=is_coalesced, check_invariants=False
+    )
     grad.copy_(lookups)

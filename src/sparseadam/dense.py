@@ -86,8 +86,6 @@ def check_update(
         bad = (~grad.isfinite()).nonzero()
         raise _validate.dense_nonfinite_error(place, bad[0].tolist(), len(bad))
     is_fused = _is_fused(parameter)
-    if not is_fused and _shares_memory(parameter):
-        raise _validate.shared_memory_error(place, parameter.shape, parameter.stride())
     if is_fused and not _has_layout_of(parameter, grad):
         grad = _laid_out(grad, parameter)
     fitting = _fitting_state(state, parameter, is_fused, place, options.layout)
@@ -330,11 +328,6 @@ def _has_layout_of(parameter: Tensor, tensor: Tensor) -> bool:
 
 def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, requires_grad=False).copy_(tensor.detach())
-
-
-def _shares_memory(parameter: Tensor) -> bool:
-    """Whether several elements are one number in memory, which no operation may write in place."""
-    return any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
 
 
 # Options and values -------------------------------------------------------------------------------

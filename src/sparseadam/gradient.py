@@ -35,10 +35,11 @@ def check_gradient(table: Tensor, grad: Tensor, place: Place) -> None:
 
 
 def check_fit(parameter: Tensor, grad: Tensor, place: Place) -> None:
-    """Refuse a gradient, sparse or dense, that does not fit its parameter.
+    """Refuse a gradient, sparse or dense, that does not fit its parameter, or a parameter that cannot be updated.
 
     Raises:
-        RuntimeError: another shape, dtype or device.
+        RuntimeError: another shape, dtype or device; a parameter made in inference mode, or whose elements share
+            memory.
     """
     if grad.shape != parameter.shape:
         raise _validate.mismatch_error(place, "shape", list(grad.shape), list(parameter.shape))
@@ -46,6 +47,20 @@ def check_fit(parameter: Tensor, grad: Tensor, place: Place) -> None:
         raise _validate.mismatch_error(place, "dtype", grad.dtype, parameter.dtype)
     if grad.device != parameter.device:
         raise _validate.mismatch_error(place, "device", grad.device, parameter.device)
+    if parameter.is_inference():
+        raise _validate.inference_error(place)
+    if not parameter.is_contiguous() and _may_share_memory(parameter):
+        raise _validate.shared_memory_error(place, parameter.shape, parameter.stride())
+
+
+def _may_share_memory(parameter: Tensor) -> bool:
+    """Whether several elements may be one number: whether a step along a dimension ends among those of smaller ones."""
+    reach = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return parameter.numel() > 0
+        reach += (size - 1) * stride
+    return False
 
 
 def check_values(values: Tensor, num_lookups: int, row_shape: Sequence[int], place: Place) -> None:

@@ -95,7 +95,7 @@ class Init(NamedTuple):
             https://doi.org/10.2307/2347330
         """
         if self.kind == "zeros":
-            return torch.zeros((len(rows), dim), dtype=dtype)
+            return torch.zeros((len(rows), dim), dtype=dtype, device=rows.device)
         # PyTorch, too, rounds float64 to half precision by way of float32.
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         if native.module() is None:

@@ -446,7 +446,7 @@ class MomentDirectory:
             self._make_slots(moments, rows)
             self._log_slots(moments, slots)
             return
-        last = torch.arange(moments.num_slots - len(slots), moments.num_slots)
+        last = torch.arange(moments.num_slots - len(slots), moments.num_slots, device=moments.device)
         self._log_slots(moments, torch.unique(torch.cat([slots, last])))
 
     def _log_slots(self, moments: Moments, slots: Tensor) -> None:

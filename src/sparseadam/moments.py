@@ -24,6 +24,7 @@ COUNTERS = ("step", "num_skipped", "log_decay")
 
 # Of layouts that replay missed steps: up to which step a slot's moments, and its row's weights, have been brought.
 CLOCKS = ("moment_steps", "weight_steps")
+LARGEST_CLOCK = 2**31 - 1
 
 _SLOTS_AT_ONCE = 1 << 16
 

@@ -6,14 +6,13 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from copy import deepcopy
+from contextlib import nullcontext, suppress
+from copy import copy, deepcopy
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
-from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _validate, checkpoint, dense, mapped_table, replay, update
@@ -21,7 +20,7 @@ from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
 from .moment_directory import Kept, MomentDirectory, Write
-from .moments import Moments, StateLayout, moment_dtype
+from .moments import LARGEST_CLOCK, Moments, StateLayout, moment_dtype
 from .reading import Hooks
 from .update import RowUpdate, SteadyStep, step_scalars
 
@@ -33,16 +32,14 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
     """Run hooks, and leave a mark in profiles, where there is a hook or a profiler.
 
     PyTorch wraps each optimizer's step for both, which takes 12 of a small step's 25 us. ``hooked`` tells it that this
-    one sees to them itself.
+    one sees to them itself; the step of a subclass that has its own is wrapped by PyTorch.
     """
     observed = torch.optim.Optimizer.profile_hook_step(step)
-    # Compiled code that calls step() must not trace into it: it breaks there once in place of ten times.
-    untraced = torch.compiler.disable(observed)  # type: ignore[no-untyped-call]
 
+    # Compiled code that calls step() must not trace into it, nor into what it calls: half of it is native.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return untraced(self, *args, **kwargs)
         is_observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -50,9 +47,23 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         )
-        return (observed if is_observed else step)(self, *args, **kwargs)
+        sees_to_it = is_observed and type(self).step is wrapper
+        return (observed if sees_to_it else step)(self, *args, **kwargs)
 
-    wrapper.hooked = True  # type: ignore[attr-defined]
+    wrapper.hooked = True
+    return wrapper  # type: ignore[no-any-return]
+
+
+def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave inference mode for what makes state: what is made in it cannot be updated outside of it."""
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
     return wrapper
 
 
@@ -326,6 +337,7 @@ class SparseAdam(torch.optim.Optimizer):
             all_kept.append(Kept(place, table, state))
         return all_kept
 
+    @_outside_inference_mode
     def checkpoint(self) -> None:
         """Commit tables, moments and all other state together, so that a run can go on from here.
 
@@ -347,7 +359,7 @@ class SparseAdam(torch.optim.Optimizer):
         if _validate.SEED in group or not _validate.rounds_stochastically(group):
             return
         if self._seed is None:
-            device = None if self._generator is None else self._generator.device
+            device = "cpu" if self._generator is None else self._generator.device
             self._seed = int(torch.randint(_validate.SEED_END, (), generator=self._generator, device=device))
         group[_validate.SEED] = self._seed
 
@@ -384,7 +396,8 @@ class SparseAdam(torch.optim.Optimizer):
                 loss = closure()
         options = self._read_options()
         if not self._step_steadily(options):
-            self._step_generally(options)
+            with replay.TURNS if any(each.layout.replays for each in options) else nullcontext():
+                self._step_generally(options)
         return loss
 
     def _read_options(self) -> Sequence[GroupOptions]:
@@ -410,13 +423,18 @@ class SparseAdam(torch.optim.Optimizer):
             dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
         return grads is not None
 
+    @_outside_inference_mode
     def _step_generally(self, options: Sequence[GroupOptions]) -> None:
         updates, dense_updates = self._gather_updates(options)
         if updates:
             self._before_steps(updates)
-            update.update_rows(updates, self._backend, strict=self._strict)
+            try:
+                update.update_rows(updates, self._backend, strict=self._strict)
+            finally:  # an interrupted step is kept as far as it came
+                for each in updates:
+                    if each.is_done():
+                        self.state[each.table] = each.moments
         for done in updates:
-            self.state[done.table] = done.moments
             if replay.is_flush_due(done.moments):
                 # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
                 with suppress(*((OSError,) if self._is_in_files(done.table) else ())):
@@ -439,7 +457,7 @@ class SparseAdam(torch.optim.Optimizer):
                 self._before_writing([Write(table, moments, rows)])
             return
         for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
-            rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows))
+            rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device="cpu")
             self._before_writing([Write(table, moments, rows)])
 
     def _before_writing(self, writes: Sequence[Write]) -> None:
@@ -512,6 +530,8 @@ class SparseAdam(torch.optim.Optimizer):
                 sparse_dim, num_lookups = indices.shape
                 moments = self._fitting_moments(table, sparse_dim, place, options[group_index])
                 check_values(values, num_lookups, moments.row_shape, place)
+                if moments.history is not None and moments.step >= LARGEST_CLOCK:
+                    raise _validate.clock_error(place, moments.step)
                 indices, values = indices.contiguous(), values.contiguous()
                 scalars = step_scalars(options[group_index], moments.step + 1)
                 rounds = options[group_index].stochastic_rounding
@@ -542,11 +562,16 @@ class SparseAdam(torch.optim.Optimizer):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         if moments.device != device:
             moments = moments.moved(device)
-        if moments.sparse_dim != sparse_dim:
-            if moments.num_slots > 0 and not options.layout.is_elementwise:
-                raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
-            moments = moments.with_sparse_dim(sparse_dim)
+        moments = self._regrouped(moments, sparse_dim, place)
         return moments if self._directory is None else self._directory.keep(moments, place)
+
+    def _regrouped(self, moments: Moments, sparse_dim: int, place: Place) -> Moments:
+        """Return moments whose rows are named by so many dimensions; refuse where rows have something in common."""
+        if moments.sparse_dim == sparse_dim:
+            return moments
+        if moments.num_slots > 0 and not moments.layout.is_elementwise:
+            raise _validate.regrouping_error(place, moments.sparse_dim, sparse_dim)
+        return moments.with_sparse_dim(sparse_dim)
 
     def _moments_of(self, table: Tensor, place: Place, options: GroupOptions) -> Moments | None:
         """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
@@ -615,6 +640,7 @@ class SparseAdam(torch.optim.Optimizer):
         if place is not None:
             self._catch_up(place, table, rows)
 
+    @_outside_inference_mode
     def _catch_up(self, place: Place, table: Tensor, rows: Tensor) -> None:
         options = _validate.check_group(place.group, place.group_index)
         _validate.check_rows(rows, place)
@@ -645,6 +671,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         self._flush(lambda layout: layout.owes_decay or layout.replays)
 
+    @_outside_inference_mode
     def _flush(self, is_meant: Callable[[StateLayout], bool]) -> None:
         options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
         behind = []
@@ -656,9 +683,10 @@ class SparseAdam(torch.optim.Optimizer):
                 moments = self._kept(table, place, options[group_index])
                 if isinstance(moments, Moments):
                     behind.append((table, moments, place))
-        for table, moments, place in behind:
-            self._bring_up_to_date(table, moments, place, options[place.group_index])
-            self.state[table] = moments
+        with replay.TURNS:
+            for table, moments, place in behind:
+                self._bring_up_to_date(table, moments, place, options[place.group_index])
+                self.state[table] = moments
 
     def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         if self._is_in_files(table):
@@ -672,6 +700,7 @@ class SparseAdam(torch.optim.Optimizer):
         rounds = options.stochastic_rounding
         update.pay_decay(table, moments, place, options.seed or 0, stochastic_rounding=rounds)
 
+    @_outside_inference_mode
     def forget(self, param: Tensor, rows: Tensor) -> None:
         """Take from rows of a table all that is kept for them, as for rows given to a new owner.
 
@@ -699,15 +728,17 @@ class SparseAdam(torch.optim.Optimizer):
             rows = torch.unique(rows.to(kept.device))
             if self._directory is not None:
                 kept = self._directory.keep(kept, place)
-            if kept.history is not None:
-                self._bring_rows_up_to_date(param, kept, rows, place, options)
-            if self._directory is not None:
-                self._directory.before_forgetting(kept, rows)
-            kept.forget(rows)
+            with replay.TURNS:
+                if kept.history is not None:
+                    self._bring_rows_up_to_date(param, kept, rows, place, options)
+                if self._directory is not None:
+                    self._directory.before_forgetting(kept, rows)
+                kept.forget(rows)
             self.state[param] = kept
         elif kept is not None:
             dense.forget(kept, rows)
 
+    @_outside_inference_mode
     def resize(self, param: Tensor, num_rows: int) -> None:
         """Give a table more rows, or fewer: ``param`` stays the same object, with other memory and another shape.
 
@@ -723,7 +754,8 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: ``param`` is not this optimizer's, or has no dimension to grow.
             TypeError: ``num_rows`` is not an int.
-            RuntimeError: ``param`` has a gradient, which would not fit; or it or its moments are in files.
+            RuntimeError: ``param`` has a gradient, which would not fit; or it or its moments are in files; or its
+                gradients had no sparse dimension, under an option that does not let the table be taken apart.
         """
         place = self._place_of(param)
         _validate.check_resize(param, num_rows, place)
@@ -731,6 +763,8 @@ class SparseAdam(torch.optim.Optimizer):
             raise _validate.resize_files_error(place)
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
+        if isinstance(kept, Moments) and kept.sparse_dim == 0:  # its one row is the whole table, which is to change
+            kept = self._regrouped(kept, 1, place)
         if isinstance(kept, Moments) and (kept.layout.owes_decay or kept.layout.replays):
             self._bring_up_to_date(param, kept, place, options)
         resized = param.detach().new_zeros((num_rows, *param.shape[1:]))
@@ -826,6 +860,7 @@ class SparseAdam(torch.optim.Optimizer):
         finally:
             handle.remove()
 
+    @_outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of :class:`torch.optim.SparseAdam`, Adam or AdamW.
 
@@ -841,7 +876,7 @@ class SparseAdam(torch.optim.Optimizer):
                 is as it was.
             TypeError: an option of the wrong type.
         """
-        state_dict = state_dict.copy()
+        state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         checkpoint.check_format(state_dict)
@@ -850,6 +885,7 @@ class SparseAdam(torch.optim.Optimizer):
             state_dict["state"], state_dict["param_groups"], groups, is_compact=checkpoint.FORMAT_KEY in state_dict
         )
         self.__setstate__({"state": state, "param_groups": groups})
+        self._steady_step = None  # which keeps the moments of before
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

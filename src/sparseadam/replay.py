@@ -9,7 +9,7 @@ decided when. ``docs/replay.md`` derives it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from threading import Lock
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ _ROWS_A_STEP = 64
 
 _ROWS_AT_ONCE = 1 << 16
 
-# Threads may read the same rows at once, as replicas of a model do, and each row is to be moved once.
-_CATCHING_UP = Lock()
+# Threads may read the same rows at once, as replicas of a model do, and while another one steps. Each row is to be
+# moved once, and what tells whether it was must not change meanwhile: they take turns.
+TURNS = RLock()
 
 
 def catch_up(
@@ -41,7 +42,7 @@ def catch_up(
     """
     rows = rows.to(table.device).contiguous()
     read = RowsRead(place, table, moments, rows, options.seed or 0, options.stochastic_rounding)
-    with _CATCHING_UP:
+    with TURNS:
         update.catch_up(read, backend)
 
 

@@ -159,7 +159,7 @@ def _split(body: memoryview, count: int, num_bytes: Sequence[int]) -> list[Tenso
     begin = 0
     for each in num_bytes:
         end = begin + count * each
-        empty = torch.empty((count, each), dtype=torch.uint8)
+        empty = torch.empty((count, each), dtype=torch.uint8, device="cpu")
         places.append(torch.frombuffer(body[begin:end], dtype=torch.uint8).view(count, each) if end > begin else empty)
         begin = end
     return places

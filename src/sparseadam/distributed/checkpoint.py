@@ -312,7 +312,7 @@ def _slots_here(saved: Saved, number: int, table: ShardedTable) -> list[_Slots] 
         return None
     found = []
     for chunk in saved.tensors[name].chunks:
-        rows = torch.empty(chunk.sizes, dtype=torch.int64)
+        rows = torch.empty(chunk.sizes, dtype=torch.int64, device="cpu")
         saved.read([Stretch(name, chunk.offsets[0], rows)])
         here = ((rows >= table.row_start) & (rows < table.row_end)).nonzero()[:, 0]
         if len(here) > 0:
@@ -325,12 +325,12 @@ def _read_tensor(saved: Saved, name: str, tensor: TensorStorageMetadata, slots: 
     """Read a tensor of a state: whole, or some slots of it."""
     dtype = tensor.properties.dtype
     if slots is None:
-        whole = torch.empty(tensor.size, dtype=dtype)
+        whole = torch.empty(tensor.size, dtype=dtype, device="cpu")
         saved.read([Stretch(name, 0, whole)])
         return whole
-    parts = [torch.empty(0, *tensor.size[1:], dtype=dtype)]
+    parts = [torch.empty(0, *tensor.size[1:], dtype=dtype, device="cpu")]
     for start, end, places in slots:
-        stretch = torch.empty(end - start, *tensor.size[1:], dtype=dtype)
+        stretch = torch.empty(end - start, *tensor.size[1:], dtype=dtype, device="cpu")
         saved.read([Stretch(name, start, stretch)])
         parts.append(stretch[places])
     return torch.cat(parts)

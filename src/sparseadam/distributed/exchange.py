@@ -227,5 +227,5 @@ class DistinctRows(torch.autograd.Function):
         rows, values = ctx.exchange.give_back(grad, ctx.lookup)
         if ctx.divisor != 1:
             values.div_(ctx.divisor)
-        sparse = torch.sparse_coo_tensor(rows[None], values, ctx.shape, check_invariants=False)
+        sparse = torch.sparse_coo_tensor(rows[None], values, ctx.shape, device=values.device, check_invariants=False)
         return sparse, None, None, None

@@ -89,7 +89,9 @@ def _average_rows(grad: Tensor, process_group: dist.ProcessGroup | None) -> Tens
     touched, summed = coalesce_rows(all_rows[None], all_sums, [sparse_shape.numel()], dtype)
     average = summed.div_(world_size).to(grad.dtype)
     indices = torch.stack(torch.unravel_index(touched, sparse_shape))
-    return torch.sparse_coo_tensor(indices, average, grad.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        indices, average, grad.shape, device=grad.device, is_coalesced=True, check_invariants=False
+    )
 
 
 def _gather(part: Tensor, sizes: list[int], process_group: dist.ProcessGroup | None) -> Tensor:

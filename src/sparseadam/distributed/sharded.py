@@ -92,11 +92,11 @@ class ShardedTable(nn.Module):
         those of :class:`sparseadam.initial.Init`, functions of seed, row and column. Every rank must call it, and draws
         one number from PyTorch's generator.
         """
-        own_seed = int(torch.randint(2**31, ()))
+        own_seed = int(torch.randint(2**31, (), device="cpu"))
         ((seed,), *_) = self._exchange.gather([own_seed], "drawing a seed")
         init = Init("normal", 1.0, seed)
         for start in range(self.row_start, self.row_end, _BLOCK):
-            rows = torch.arange(start, min(start + _BLOCK, self.row_end))
+            rows = torch.arange(start, min(start + _BLOCK, self.row_end), device="cpu")
             values = init.values(rows, self.embedding_dim, self.weight.dtype)
             self.weight[start - self.row_start : start - self.row_start + len(rows)] = values
         if self.padding_idx is not None and self.row_start <= self.padding_idx < self.row_end:

@@ -130,17 +130,20 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
         updates_of[_choose(update, backend)].append(update)
     summed = reference.check_rows(updates_of["reference"])
     touched = triton.check_rows(updates_of["triton"], strict=strict)
-    if updates_of["native"]:
-        native.update_rows(updates_of["native"])
-    if updates_of["triton"]:
-        triton.update_rows(touched, updates_of["triton"])
-    if updates_of["reference"]:
-        reference.update_rows(updates_of["reference"], summed)
-    for visit in visits:
-        host.bring_back(visit)
-    for update in updates:
-        if update.moments.history is not None:
-            update.moments.history.append(update.scalars)
+    try:
+        if updates_of["native"]:
+            native.update_rows(updates_of["native"])
+        if updates_of["triton"]:
+            triton.update_rows(touched, updates_of["triton"])
+        if updates_of["reference"]:
+            reference.update_rows(updates_of["reference"], summed)
+        for visit in visits:
+            host.bring_back(visit)
+    finally:  # a KeyboardInterrupt comes when native code has returned, and its step is taken
+        for update in updates:
+            history = update.moments.history
+            if history is not None and update.is_done():
+                history.append(update.scalars)
 
 
 def catch_up(read: RowsRead, backend: str | None) -> None:

@@ -73,6 +73,10 @@ class RowUpdate(NamedTuple):
     scalars: StepScalars
     stochastic_rounding: bool
 
+    def is_done(self) -> bool:
+        """Whether the step is counted: then it has been taken."""
+        return self.moments.step >= self.scalars.step
+
 
 class RowsRead(NamedTuple):
     """Rows of a table that are about to be read and may be behind; its moments replay missed steps.

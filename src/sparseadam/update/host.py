@@ -80,7 +80,7 @@ def _to_host(*tensors: Tensor) -> list[Tensor]:
     """Return copies on the host, in contiguous memory, having waited for them once."""
     device = tensors[0].device
     is_cuda = device.type == "cuda"
-    copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=is_cuda) for each in tensors]
+    copies = [torch.empty(each.shape, dtype=each.dtype, device="cpu", pin_memory=is_cuda) for each in tensors]
     for copy, each in zip(copies, tensors, strict=True):
         copy.copy_(each, non_blocking=True)
     if is_cuda:

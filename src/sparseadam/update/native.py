@@ -140,7 +140,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
         update = updates[table_index]
         if bad_index is None:
             error = _validate.behind_error if are_behind else _validate.nonfinite_error
-            raise error(update.place, update.moments.names_of(torch.tensor(refused_rows)).tolist())
+            raise error(update.place, update.moments.names_of(torch.tensor(refused_rows, device="cpu")).tolist())
         raise _validate.row_error(update.place, update.table.shape[: update.moments.sparse_dim], *bad_index)
     report_writes([update.table for update in updates if update.num_lookups > 0])
 
@@ -189,8 +189,8 @@ def coalesce_rows(
         num_threads=num_threads,
     )
     assert not coalescing.has_bad_index, "indices are checked before"
-    rows = torch.empty(coalescing.num_touched, dtype=torch.int64)
-    sums = torch.empty((coalescing.num_touched, *values.shape[1:]), dtype=dtype)
+    rows = torch.empty(coalescing.num_touched, dtype=torch.int64, device="cpu")
+    sums = torch.empty((coalescing.num_touched, *values.shape[1:]), dtype=dtype, device="cpu")
     coalescing.sum(
         values=values.data_ptr(),
         width=width,
@@ -205,7 +205,7 @@ def coalesce_rows(
 
 def initial_values(distribution: str, scale: float, seed: int, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Return the values of ``rows``, int64 and contiguous, that ``initial.py`` describes, in float32 or float64."""
-    values = torch.empty((len(rows), width), dtype=dtype)
+    values = torch.empty((len(rows), width), dtype=dtype, device="cpu")
     _module().initial_values(
         distribution=distribution,
         scale=scale,
