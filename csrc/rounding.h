@@ -134,6 +134,7 @@ struct Code {
 
 using ExpAvgCode = Code<4>;  // and a sign, in the highest bit
 using ExpAvgSqCode = Code<5>;
+static_assert(ExpAvgCode::kTop == ExpAvgSqCode::kTop, "both kinds of blocks are scaled alike below");
 
 // Elements that share a scale; a row's last block may be shorter, and none spans rows.
 constexpr int64_t kBlockSize = 128;
