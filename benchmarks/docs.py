@@ -121,7 +121,7 @@ def section(columns: tuple[Column, ...], records: list[Record]) -> str:
 def missed(steps: list[Record]) -> str:
     """Say how many targets were missed, and in which cases."""
     cases = [
-        f"{record['case']} ({name.replace('_', ' ')})"
+        f"{record['case']} (against {name.replace('_', ' ')})"
         for record in steps
         for name, target in record["targets"].items()
         if name in record["ratios"] and record["ratios"][name]["median"] < target

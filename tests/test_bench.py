@@ -230,7 +230,7 @@ def test_missing_dependencies_are_named(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*TINY, *flags]) == 1
     assert capsys.readouterr().err == (
-        f"sparseadam bench: this needs {missing}, which is not installed; run pip install sparseadam[bench].\n"
+        f"sparseadam bench: this needs {missing}, which is not installed; run pip install rich matplotlib.\n"
     )
 
 

@@ -100,7 +100,7 @@ class SparseAdam(torch.optim.Optimizer):
             the table, as :class:`torch.optim.AdamW` does: a touched row pays for the steps it missed, each with the
             ``lr`` of that step, and :meth:`flush` makes all rows pay. It needs ``lr * weight_decay < 1``, and 8 bytes
             a touched row.
-        amsgrad: take the root of the largest second moment so far (Reddi, Kale and Kumar, section 5).
+        amsgrad: take the root of the largest second moment so far (Reddi, Kale and Kumar, Algorithm 2).
         bias_correction: ``"table"`` corrects with the table's step :math:`t`; ``"row"`` with the count of the row's
             own touches, so that a row first touched late starts as Adam starts. 4 bytes a touched row.
         second_moment: ``"element"``, or ``"row"``: one second moment a row, of the mean of :math:`g_i^2` over it, which
@@ -194,6 +194,12 @@ class SparseAdam(torch.optim.Optimizer):
 
         Reddi, Kale and Kumar, *On the Convergence of Adam and Beyond*, 2018, Algorithm 2,
         https://openreview.net/forum?id=ryQu7f-RZ
+
+        Dettmers, Lewis, Shleifer and Zettlemoyer, *8-bit Optimizers via Block-wise Quantization*, 2022, section 2
+        (scales by block), https://arxiv.org/abs/2110.02861
+
+        Gupta, Agrawal, Gopalakrishnan and Narayanan, *Deep Learning with Limited Numerical Precision*, 2015, section 3
+        (stochastic rounding), https://arxiv.org/abs/1502.02551
     """
 
     # What the last general step listed for steady ones. Of the class, so that a copy or a pickle starts without.
@@ -647,6 +653,8 @@ class SparseAdam(torch.optim.Optimizer):
         moments = self._kept(table, place, options)
         if isinstance(moments, Moments) and moments.history is not None:
             self._bring_rows_up_to_date(table, moments, rows, place, options)
+        else:
+            _validate.check_row_range(rows, _most_rows(table, moments), place)
 
     def _bring_rows_up_to_date(
         self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions
@@ -721,9 +729,7 @@ class SparseAdam(torch.optim.Optimizer):
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
         _validate.check_rows(rows, place)
-        # Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
-        num_rows = param.numel() if kept is None else kept.num_rows if isinstance(kept, Moments) else len(param)
-        _validate.check_row_range(rows, num_rows, place)
+        _validate.check_row_range(rows, _most_rows(param, kept), place)
         if isinstance(kept, Moments):
             rows = torch.unique(rows.to(kept.device))
             if self._directory is not None:
@@ -865,7 +871,9 @@ class SparseAdam(torch.optim.Optimizer):
         """Load a state dict of this class, of :class:`torch.optim.SparseAdam`, Adam or AdamW.
 
         Options that a checkpoint of PyTorch's lacks keep their present values. It does not say which parameters are
-        tables: with ``dense_gradients="adam"`` its moments stay dense until a sparse gradient comes.
+        tables: with ``dense_gradients="adam"`` its moments stay dense until a sparse gradient comes. Nor does it say
+        how ``weight_decay`` reaches rows without a gradient: as in AdamW with ``weight_decay_mode="exact"`` or
+        ``missed_steps="replay"`` only, which are this optimizer's own options.
 
         Args:
             state_dict: what :meth:`state_dict` returned. It is copied.
@@ -942,6 +950,14 @@ class SparseAdam(torch.optim.Optimizer):
         """Copy and pickle the backend's name along with what PyTorch keeps."""
         own = {"_backend": self._backend, "_strict": self._strict, "_is_built": self._is_built, "_seed": self._seed}
         return super().__getstate__() | own
+
+
+def _most_rows(table: Tensor, kept: Moments | Mapping[str, Any] | None) -> int:
+    """Return how many rows a table can have.
+
+    Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
+    """
+    return table.numel() if kept is None else kept.num_rows if isinstance(kept, Moments) else len(table)
 
 
 def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:

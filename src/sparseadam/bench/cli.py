@@ -169,7 +169,7 @@ def require(module: str) -> None:
         importlib.import_module(module)
     except ImportError:
         raise BenchError(
-            f"this needs {module.partition('.')[0]}, which is not installed; run pip install sparseadam[bench]."
+            f"this needs {module.partition('.')[0]}, which is not installed; run pip install rich matplotlib."
         ) from None
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._huge_pages import move_into_huge_pages
 from ..moments import moment_dtype
 from ..optimizer import SparseAdam
 from .cases import FLOOR, FUSED_STEP, FUSED_WITH_GRADIENT, TORCH_SPARSE, Case
@@ -140,10 +141,13 @@ class Copy:
     warm_up_steps = 2
 
     def __init__(self, device: torch.device = HOST) -> None:
-        """Make the buffers, written once so that their pages are there."""
+        """Make the buffers, written once so that their pages are there; in huge pages, as our tables are."""
         self._device = device
         self._source = torch.ones(_COPY_BUFFER_BYTES, dtype=torch.uint8, device=device)
         self._target = torch.ones(_COPY_BUFFER_BYTES, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            for buffer in (self._source, self._target):
+                move_into_huge_pages(buffer.data_ptr(), _COPY_BUFFER_BYTES)
 
     def step(self, number: int) -> Seconds:
         """See :class:`Contender`."""

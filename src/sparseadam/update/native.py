@@ -48,9 +48,8 @@ def missing_reason() -> str | None:
     if native is not None:
         return None
     return (
-        f"the native module is missing from this installation ({problem}). Install a C++17 compiler and reinstall "
-        "sparseadam (pip install --no-binary sparseadam --force-reinstall --no-deps sparseadam), or use a wheel for "
-        "this platform"
+        f"the native module is missing from this installation ({problem}). Install a C++17 compiler and build "
+        "it anew: pip install --force-reinstall --no-deps . in a checkout of sparseadam"
     )
 
 

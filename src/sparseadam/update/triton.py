@@ -78,7 +78,7 @@ def missing_reason() -> str | None:
     """Say why this backend is missing, or None where it is there."""
     kernels, problem = _load()
     if kernels is None:
-        return f"Triton is missing from this installation ({problem}). Install it: pip install sparseadam[gpu]"
+        return f"Triton is missing from this installation ({problem}). Install it: pip install 'triton>=3.6'"
     if not is_interpreted() and not torch.cuda.is_available():
         return (
             "PyTorch finds no CUDA or ROCm device. Set TRITON_INTERPRET=1 in the environment to check the kernels on "
