@@ -5,8 +5,10 @@ Where sums of gradients are exact in any order, they are the same bits; where no
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -227,6 +229,8 @@ def work(rank: int, world_size: int, port: int, folder: Path, checkpoints: Path)
         "mean": train_with_data_parallel(rank, world_size),
         "read hooks": read_with_hooks(rank),
         "errors": collect_errors(rank),
+        "two names": save_under_two_names(folder),
+        "copy": read_a_copy(rank),
     }
     leave_report(report, folder, rank)
     dist.destroy_process_group()
@@ -364,7 +368,49 @@ def collect_errors(rank: int) -> dict[str, list[str] | str]:
     if rank == 0:
         optimizer.state.clear()
     errors["state of some"] = said(lambda: save_checkpoint(folder, 1, table, optimizer))
+    errors["a bad step of one"] = said(lambda: save_checkpoint(folder, -1 if rank == 1 else 1, table, optimizer))
+    own = SparseAdam([table.weight], nonfinite="error")
+    for value in (1.0, math.nan if rank == 0 else 1.0):
+        own.zero_grad()
+        (table(torch.tensor([0, 9])) * torch.tensor([[value], [1.0]])).sum().backward()
+        refused = said(own.step)
+    assert ("not finite" in refused) == (rank == 0)
+    errors["other counts"] = said(lambda: save_checkpoint(folder, 1, table, own))
+    own = SparseAdam([nn.Parameter(table.weight.detach())])
+    alias = nn.Module()
+    alias.table, alias.weight = table, own.param_groups[0]["params"][0]
+    errors["a shard outside"] = said(lambda: save_checkpoint(folder, 1, alias, own))
+    copied = deepcopy(table)
+    errors["a copy"] = said(lambda: (table if rank == 0 else copied)(torch.tensor([1])))
+    errors["a long name"] = said(lambda: load_checkpoint(Path("n" * 5000), table, own))
     return errors
+
+
+def save_under_two_names(folder: Path) -> dict[str, Any]:
+    """Save a table that a model has under two names, and load it into another such model."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        table = ShardedEmbedding(10, 2)
+        models.append(nn.ModuleDict({"a": table, "b": table}))
+    saved, loaded = models
+    save_checkpoint(folder / "two names", 1, saved, SparseAdam(saved.parameters()))
+    load_checkpoint(folder / "two names", loaded, SparseAdam(loaded.parameters()))
+    return {"saved": saved["a"].weight.detach(), "loaded": loaded["a"].weight.detach()}
+
+
+def read_a_copy(rank: int) -> dict[str, Any]:
+    """Copy a table that is attached to an optimizer, and read both."""
+    table = ShardedEmbedding(9, 2)
+    optimizer = SparseAdam([table.weight], lr=0.1, missed_steps="replay")
+    optimizer.attach(table)
+    table(torch.arange(9)).sum().backward()
+    optimizer.step()
+    copied = deepcopy(table)
+    behind = copied.weight.detach().clone()
+    copied(torch.arange(9))
+    table(torch.tensor([rank]))
+    return {"is_left_alone": torch.equal(copied.weight.detach(), behind), "num_hooks": len(copied._read_hooks)}
 
 
 def said(attempt: Callable[[], Any]) -> str:
@@ -539,6 +585,18 @@ SAID = {
     "other steps": ("RuntimeError: no checkpoint was written: the ranks are at steps 0, 1",) * 2,
     "no rows": ("RuntimeError: no checkpoint was written: on rank 0, the optimizer's state of parameter 0, a sharded",)
     * 2,
+    "a bad step of one": (
+        "RuntimeError: no checkpoint was written: on rank 1, Invalid step: -1",
+        "ValueError: Invalid step: -1",
+    ),
+    "other counts": ("RuntimeError: no checkpoint was written: step of parameter 0 is 1 on rank 0, 2 on rank 1",) * 2,
+    "a shard outside": (
+        "RuntimeError: no checkpoint was written: on rank 0, 'weight' of the model's state dict is a s",
+    )
+    * 2,
+    "a copy": ("RuntimeError: the ranks are out of step, as rank {} sees it: rank 0 is in the forward pass of lookup",)
+    * 2,
+    "a long name": ("RuntimeError: the checkpoint in nnn",) * 2,
     "state of some": ("RuntimeError: no checkpoint was written: on rank 1, ",) * 2,
 }
 
@@ -552,7 +610,20 @@ def test_mistakes_of_one_process_are_errors_in_all(reports: list[dict[str, Any]]
     assert "state for different parameters: [] on rank 0; [0] on rank 1" in reports[0]["errors"]["state of some"]
 
 
+def test_a_copy_is_a_table_of_its_own_and_not_attached(reports: list[dict[str, Any]]) -> None:
+    assert all(report["copy"]["is_left_alone"] for report in reports)
+    for report in reports:
+        assert ("copy 1 of sharded table" in report["errors"]["a copy"]) and "cannot look" not in report["errors"][
+            "a copy"
+        ]
+
+
 # Checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_table_of_two_names_is_saved_and_loaded(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        assert torch.equal(report["two names"]["loaded"], report["two names"]["saved"])
 
 
 def test_checkpoints_go_from_one_process_to_two_to_three_to_four_and_back(

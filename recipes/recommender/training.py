@@ -60,10 +60,8 @@ def train(
         RecipeError: the loss stops being a finite number.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    first_lrs = [group["lr"] for group in optimizer.param_groups]  # a checkpoint's are those of its step
     first_step = (load_checkpoint(checkpoints, model, optimizer) if checkpoints else None) or 0
-    first_lrs = [group["lr"] for group in optimizer.param_groups]
-    if first_step:  # a checkpoint's are those of its step
-        first_lrs = [lr / _lr_factor(first_step - 1, total_steps) for lr in first_lrs]
     losses: list[float] = []
     sent_before = _sent(model)
     started = time.perf_counter()

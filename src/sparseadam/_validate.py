@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -1164,27 +1164,63 @@ def check_checkpoint_step(step: object) -> int:
     return step
 
 
-def check_ready_to_save(said: Sequence[tuple[int, str | None, Sequence[int]]]) -> None:
+class ReadyToSave(Protocol):
+    """What a rank says of itself before a checkpoint is written."""
+
+    @property
+    def step(self) -> object:
+        """Of the checkpoint."""
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps it from writing."""
+
+    @property
+    def shared(self) -> Mapping[int, Mapping[str, Any]] | None:
+        """What must be the same on all ranks, by the number of its parameter; None where that was not found out."""
+
+
+def check_ready_to_save(said: Sequence[ReadyToSave]) -> None:
     """Refuse to write a checkpoint that a rank cannot take part in, or in which ranks would not fit together.
 
     Args:
-        said: by rank, its step, what keeps it from writing, and for which parameters it has a state.
+        said: by rank.
 
     Raises:
         RuntimeError: the same on all ranks. Nothing has been written.
     """
-    steps, problems, stateful = zip(*said, strict=True)
-    found = [f"on rank {rank}, {problem}" for rank, problem in enumerate(problems) if problem]
-    if len(set(steps)) > 1:
-        found.append(f"the ranks are at steps {', '.join(map(str, steps))}")
-    if len({tuple(numbers) for numbers in stateful}) > 1:
-        each = "; ".join(f"{list(numbers)} on rank {rank}" for rank, numbers in enumerate(stateful))
-        found.append(f"the ranks have state for different parameters: {each}")
+    found = [f"on rank {rank}, {each.problem}" for rank, each in enumerate(said) if each.problem]
+    shared = [each.shared for each in said if each.shared is not None]
+    if len(shared) == len(said):
+        found += _differences_of_ranks([each.step for each in said], shared)
     if found:
         raise RuntimeError(
             f"no checkpoint was written: {'; '.join(found)}. Every rank must save at the same step, a model and an "
             "optimizer of the same kind."
         )
+
+
+def _differences_of_ranks(steps: Sequence[object], shared: Sequence[Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    found = []
+    if len(set(steps)) > 1:
+        found.append(f"the ranks are at steps {', '.join(map(str, steps))}")
+    if len({tuple(states) for states in shared}) > 1:
+        by_rank = "; ".join(f"{list(states)} on rank {rank}" for rank, states in enumerate(shared))
+        return [*found, f"the ranks have state for different parameters: {by_rank}"]
+    for number, values in shared[0].items():
+        for key in values:
+            by_rank = [states[number].get(key) for states in shared]
+            if any(value != by_rank[0] for value in by_rank):
+                each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(by_rank))
+                found.append(f"{key} of parameter {number} is {each}")
+    return found
+
+
+def not_in_group_error() -> ValueError:
+    """Make the error for a sharded table that is built by a process which is not to hold a part of it."""
+    return ValueError(
+        "this process is not in the process_group of the sharded table. Build it on the ranks of the group alone."
+    )
 
 
 def unwritten_checkpoint_error(folder: str, causes: Sequence[str]) -> RuntimeError:

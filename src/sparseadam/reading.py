@@ -108,7 +108,7 @@ def before_reading(model: nn.Module, tables: Iterable[Tensor], callback: ReadCal
                     module.register_forward_pre_hook(Hook(partial(_announce_lookup, callback)), with_kwargs=True)
                 )
         elif isinstance(module, AnnouncesReads):
-            handles.append(module.register_read_hook(callback))
+            handles.append(module.register_read_hook(Hook(callback)))
     return Hooks(handles)
 
 

@@ -63,15 +63,21 @@ def save_checkpoint(
         RuntimeError: there is such a checkpoint already, the ranks are at different steps, a state is not as said, or a
             rank cannot write or does not answer. Earlier checkpoints are whole.
     """
-    step = _validate.check_checkpoint_step(step)
     ranks = Ranks(process_group)
+    tables = _tables_of(optimizer, model)
+    failure: Exception | None = None
+    try:
+        step = _validate.check_checkpoint_step(step)
+        state = optimizer.state_dict()
+        own = _Said(step, _unfit(model, state["state"], tables), *_describe(state["state"], tables))
+    except Exception as caught:  # raised when the other ranks know of it
+        failure, own = caught, _Said(step, str(caught) or type(caught).__name__, {}, None)
+    said: list[_Said] = ranks.gather(own, "beginning a checkpoint")
+    if failure is not None:
+        raise failure
+    _validate.check_ready_to_save(said)
     final = Path(folder) / f"step-{step:012d}"
     partial = final.with_name(_PARTIAL + final.name)
-    state = optimizer.state_dict()
-    tables = _tables_of(optimizer, model)
-    own = _Said(step, _unfit(model, state["state"], tables), _count(state["state"], tables))
-    said: list[_Said] = ranks.gather(own, "beginning a checkpoint")
-    _validate.check_ready_to_save([(each.step, each.problem, list(each.counts)) for each in said])
     problem = ranks.gather(_make_room(final, partial) if ranks.rank == 0 else None, "beginning a checkpoint")[0]
     if problem is not None:
         raise _validate.unwritten_checkpoint_error(str(final), [problem])
@@ -111,7 +117,10 @@ def load_checkpoint(
             and optimizer anew.
     """
     ranks = Ranks(process_group)
-    name = ranks.gather(_last_complete(Path(folder)) if ranks.rank == 0 else None, "looking for a checkpoint")[0]
+    found = _last_complete(Path(folder)) if ranks.rank == 0 else (None, None)
+    name, problem = ranks.gather(found, "looking for a checkpoint")[0]
+    if problem is not None:
+        raise _validate.unread_checkpoint_error(str(folder), [problem])
     if name is None:
         return None
     error: Exception | None = None
@@ -132,9 +141,9 @@ def load_checkpoint(
 
 def _make_room(final: Path, partial: Path) -> str | None:
     """Prepare the folder of a checkpoint; return what is in its way."""
-    if final.exists():
-        return "it is there already"
     try:
+        if final.exists():
+            return "it is there already"
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in final.parent.glob(f"{_PARTIAL}*"):
             shutil.rmtree(left)
@@ -158,8 +167,13 @@ def _complete(partial: Path, final: Path) -> str | None:
     return None
 
 
-def _last_complete(folder: Path) -> str | None:
-    return max((path.name for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name)), default=None)
+def _last_complete(folder: Path) -> tuple[str | None, str | None]:
+    """Return the name of the last complete checkpoint, if any, and what keeps a folder from being looked into."""
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    except OSError as error:
+        return None, f"cannot look into {error.filename}: {error.strerror}"
+    return max((name for name in names if _COMPLETE.fullmatch(name)), default=None), None
 
 
 # Names --------------------------------------------------------------------------------------------
@@ -187,18 +201,25 @@ class _Said(NamedTuple):
         step: of the checkpoint.
         problem: what keeps this rank from writing.
         counts: slots and skipped rows of the sharded tables that have a state, by the number of their parameter.
+        shared: of the same tables, what is kept for each as a whole: its step, what it owes. None where that was not
+            found out.
     """
 
-    step: int
+    step: object
     problem: str | None
     counts: dict[int, tuple[int, int]]
+    shared: dict[int, dict[str, Any]] | None
 
 
 def _unfit(model: nn.Module, states: Mapping[int, Any], tables: Mapping[int, ShardedTable]) -> str | None:
     """Return what of a model or its optimizer cannot be written, or not be loaded again."""
+    keys = _tables_by_key(model)
+    shards = {table.weight.data_ptr() for table in keys.values() if table.weight.numel() > 0}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             return f"{name!r} of the model's state dict is no tensor, but a {type(value).__name__}"
+        if name not in keys and value.data_ptr() in shards:
+            return f"{name!r} of the model's state dict is a shard's memory outside of its sharded table"
     for number in tables:
         if number in states and "rows" not in states[number]:
             found = ", ".join(map(str, states[number])) or "nothing"
@@ -206,9 +227,18 @@ def _unfit(model: nn.Module, states: Mapping[int, Any], tables: Mapping[int, Sha
     return None
 
 
-def _count(states: Mapping[int, Any], tables: Mapping[int, ShardedTable]) -> dict[int, tuple[int, int]]:
+def _describe(
+    states: Mapping[int, Any], tables: Mapping[int, ShardedTable]
+) -> tuple[dict[int, tuple[int, int]], dict[int, dict[str, Any]]]:
+    """Return ``counts`` and ``shared`` of what ranks tell each other."""
     found = {number: states[number] for number in tables if number in states}
-    return {number: (len(state.get("rows", ())), state.get(_COUNTED, 0)) for number, state in found.items()}
+    counts = {number: (len(state.get("rows", ())), state.get(_COUNTED, 0)) for number, state in found.items()}
+    shared = {}
+    for number, state in found.items():
+        numbers = {key: value.item() for key, value in state.items() if isinstance(value, Tensor) and value.dim() == 0}
+        plain = {key: value for key, value in state.items() if not isinstance(value, Tensor) and key != _COUNTED}
+        shared[number] = numbers | plain
+    return counts, shared
 
 
 def _model_entries(model: nn.Module) -> dict[str, Any]:
@@ -294,7 +324,7 @@ def _read_optimizer(saved: Saved, tables: Mapping[int, ShardedTable]) -> dict[st
         if keys[0] == "state":
             states.setdefault(int(keys[1]), {})[keys[2]] = value
         elif keys[0] == "param_groups":
-            groups.setdefault(keys[1], {})[keys[2]] = value
+            _put(groups.setdefault(keys[1], {}), keys[2:], value)
         else:
             state_dict[keys[0]] = value
     for number, table in tables.items():
@@ -303,6 +333,14 @@ def _read_optimizer(saved: Saved, tables: Mapping[int, ShardedTable]) -> dict[st
             if table.row_start > 0:  # the rank of the first row goes on counting for all
                 states[number].pop(_COUNTED, None)
     return state_dict | {"param_groups": [groups[index] for index in sorted(groups)]}
+
+
+def _put(nested: dict[Any, Any], keys: Sequence[Any], value: Any) -> None:
+    """Put a value where it stood in nested dicts."""
+    *outer, last = keys
+    for key in outer:
+        nested = nested.setdefault(key, {})
+    nested[last] = value
 
 
 def _slots_here(saved: Saved, number: int, table: ShardedTable) -> list[_Slots] | None:

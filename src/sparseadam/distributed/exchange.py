@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from .. import _validate
 from .ranks import answered
 
 _table_numbers = itertools.count()
+# Copies are numbered from here on, without a word between ranks: each rank makes the same ones in the same order.
+_FIRST_COPY = 1 << 20
 
 
 @dataclass
@@ -68,7 +71,11 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         """Return the words for it in a message."""
         stage = ("the forward pass", "the backward pass", "refused ids")[self.stage]
-        return f"{stage} of lookup {self.lookup} of sharded table {self.table}"
+        table, copies = self.table, ""
+        while table >= _FIRST_COPY:
+            table, number = divmod(table, _FIRST_COPY)
+            table, copies = table - 1, f"{copies}copy {number} of "
+        return f"{stage} of lookup {self.lookup} of {copies}sharded table {table}"
 
 
 class Lookup(NamedTuple):
@@ -114,9 +121,19 @@ class Exchange:
         self.traffic = Traffic()
         self._id_dtype = torch.int32 if rows_per_rank < 2**31 else torch.int64
         self._num_lookups = 0
+        self._num_copies = 0
         gathered = self.gather([next(_table_numbers), *facts.values()], "building a sharded table")
         self._table = gathered[0][0]
         _validate.check_same_on_all_ranks(list(facts), [each[1:] for each in gathered])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        """Return the talk of a copy of the table, which every rank must make; the ranks are the same ones."""
+        copied = copy(self)
+        self._num_copies += 1
+        copied._table = (self._table + 1) * _FIRST_COPY + self._num_copies
+        copied._num_lookups = copied._num_copies = 0
+        copied.traffic = Traffic()
+        return copied
 
     def gather(self, numbers: Sequence[int], doing: str) -> list[list[int]]:
         """Return the same few whole numbers of every rank, in the order of ranks."""

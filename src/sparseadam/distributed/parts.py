@@ -140,7 +140,12 @@ class Saved:
     def __init__(self, folder: Path) -> None:
         """Read what there is."""
         self._folder = folder
-        metadata = FileSystemReader(folder).read_metadata()
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+        except Exception as error:  # of whatever a damaged file makes of unpickling
+            raise _validate.unread_checkpoint_error(
+                str(folder), [f".metadata: {error or type(error).__name__}"]
+            ) from error
         self._saved = metadata.state_dict_metadata
         self.tensors = {name: each for name, each in self._saved.items() if isinstance(each, TensorStorageMetadata)}
         self.keys: dict[str, tuple[Any, ...]] = metadata.planner_data

@@ -55,6 +55,8 @@ class ShardedTable(nn.Module):
         self.padding_idx = _validate.check_padding_idx(padding_idx, num_embeddings)
         self.gradient_reduction = _validate.check_sharded_choice(gradient_reduction, "gradient_reduction")
         world_size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+        if rank < 0:
+            raise _validate.not_in_group_error()
         # As torch.chunk and DTensor's Shard(0) cut: all ranges are of one length but the last ones.
         rows_per_rank = -(-num_embeddings // world_size)
         self.row_start = min(rank * rows_per_rank, num_embeddings)
@@ -176,7 +178,8 @@ class ShardedEmbedding(ShardedTable):
         process_group: the ranks that share the table; None for all.
 
     Raises:
-        ValueError: an option that is not supported, a number outside its range, or another table on another rank.
+        ValueError: an option that is not supported, a number outside its range, another table on another rank, or a
+            process that is not in the group.
         TypeError: an argument of the wrong type.
         RuntimeError: a rank that does not answer.
 
@@ -312,5 +315,6 @@ class ShardedEmbeddingBag(ShardedTable):
 
 
 def sharded_tables(model: nn.Module) -> list[tuple[str, ShardedTable]]:
-    """Return the sharded modules of a model, with their names there."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, ShardedTable)]
+    """Return the sharded modules of a model, with their names there: all of them, where one has several."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if isinstance(module, ShardedTable)]
