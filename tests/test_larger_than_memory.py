@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -898,6 +899,10 @@ def test_a_commit_file_that_is_not_ours_or_of_a_later_version_is_refused(tmp_pat
         (content[: len(content) // 2], "does not hold a commit of moments"),
         ('{"magic": "other"}', "does not hold a commit of moments"),
         (json.dumps({**json.loads(content), "version": 2}), "has version 2 of its format"),
+        (
+            json.dumps({"magic": "sparseadam moments", "version": 1}),
+            "is damaged: a commit without commit, id, next_number",
+        ),
     ):
         commit.write_text(changed)
         before = paths_of(tmp_path)
@@ -925,6 +930,122 @@ def test_a_file_of_the_commit_that_is_gone_or_cut_short_is_refused(tmp_path: Pat
         path.write_bytes(content)
     gc.collect()
     assert Training(tmp_path).everything() == in_memory(2)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"garbage"])
+def test_damaged_values_of_a_commit_are_refused_before_anything_is_changed(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    trained(tmp_path)
+    path = tmp_path / "moments" / "values-1.pt"
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    memory_mapped(tmp_path / "a.table")  # taken back by itself
+    gc.collect()
+    before = paths_of(tmp_path)
+    with pytest.raises(ValueError, match=r"values-1\.pt' is damaged: "):
+        Training(tmp_path)
+    assert paths_of(tmp_path) == before
+    path.write_bytes(content)
+    gc.collect()
+    assert Training(tmp_path).everything() == in_memory(2)
+
+
+def test_a_lost_commit_is_not_taken_for_a_beginning(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step(2)
+    training.optimizer.checkpoint()
+    del training
+    gc.collect()
+    commit = tmp_path / "moments" / "commit.json"
+    content = commit.read_bytes()
+    commit.unlink()
+    before = paths_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"commit\.json.* is missing"):
+        Training(tmp_path)
+    assert paths_of(tmp_path) == before
+    commit.write_bytes(content)
+    gc.collect()
+    assert Training(tmp_path).everything() == in_memory(2)
+
+
+def test_a_commit_lost_right_after_the_first_is_not_taken_for_a_beginning(tmp_path: Path) -> None:
+    Training(tmp_path)
+    (tmp_path / "moments" / "commit.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"commit\.json.* is missing"):
+        Training(tmp_path)
+    shutil.rmtree(tmp_path / "moments")
+    assert not Training(tmp_path).optimizer.state
+
+
+def test_a_damaged_note_of_the_moments_is_no_reason_to_leave_rows_as_they_are(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.optimizer.checkpoint()
+    training.step(1)
+    del training
+    gc.collect()
+    with open(tmp_path / "a.table", "r+b") as file:
+        file.seek(2048 + 12)
+        file.write(b"??")
+    with pytest.raises(ValueError, match="is damaged: a note of its moments"):
+        memory_mapped(tmp_path / "a.table")
+
+
+def test_what_is_written_to_a_table_opened_alone_stays(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step(2)
+    training.optimizer.checkpoint()
+    training.step(1)
+    del training
+    gc.collect()
+    table = memory_mapped(tmp_path / "a.table")
+    table.fill_(7.0)
+    del table
+    gc.collect()
+    table = memory_mapped(tmp_path / "a.table")
+    assert (table == 7.0).all()
+    del table
+    gc.collect()
+    assert (Training(tmp_path).table == 7.0).all()
+
+
+@pytest.mark.parametrize("replace", [lambda p: p.data.clone(), lambda p: p.data.double().float()])
+def test_a_table_whose_memory_was_replaced_is_neither_stepped_nor_committed(
+    tmp_path: Path, replace: Callable[[Tensor], Tensor]
+) -> None:
+    training = Training(tmp_path)
+    training.step(2)
+    training.optimizer.checkpoint()
+    mapped = training.table.data
+    training.table.data = replace(training.table)
+    before = snapshot(training.optimizer)
+    for attempt in (training.optimizer.checkpoint, training.step):
+        with pytest.raises(
+            RuntimeError, match=r"a parameter has other memory than when the optimizer was built: it was the ta"
+        ):
+            attempt()
+        assert snapshot(training.optimizer) == before
+    training.table.data = mapped
+    del mapped, attempt, training
+    gc.collect()
+    assert Training(tmp_path).everything() == in_memory(2)
+
+
+def test_an_optimizer_whose_table_another_one_took_over_goes_no_further(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step(1)
+    SparseAdam([training.table], moment_dir=tmp_path / "others")
+    for attempt in (training.optimizer.checkpoint, training.step):
+        with pytest.raises(
+            RuntimeError, match=r"is committed with other moments than those in .* since another optimizer"
+        ):
+            attempt()
+
+
+def test_a_table_larger_than_files_can_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a table of [0-9]+ bytes is larger than a file can be"):
+        memory_mapped(tmp_path / "a.table", 2**62, 64)
+    assert not paths_of(tmp_path)
 
 
 def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:

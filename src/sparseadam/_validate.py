@@ -764,6 +764,14 @@ def check_mapped_size(value: object, name: str) -> int:
     return check_size(value, name, " Leave out num_rows and dim to open a file as it is.")
 
 
+def check_file_size(num_bytes: int) -> None:
+    """Refuse a table whose file would be larger than files can be."""
+    if num_bytes >= 2**63:
+        raise ValueError(
+            f"a table of {num_bytes} bytes is larger than a file can be. Choose fewer rows, or a smaller dim."
+        )
+
+
 def check_table_dtype(value: object) -> torch.dtype:
     """Return the dtype of a table."""
     if not isinstance(value, torch.dtype):
@@ -950,6 +958,25 @@ def unknown_table_error(path: str) -> RuntimeError:
     return RuntimeError(
         f"the table in {path!r} is not among those that this optimizer commits. No row was changed. Give it to the "
         "optimizer when that is built, or in add_param_group()."
+    )
+
+
+def taken_table_error(path: str, directory: str) -> RuntimeError:
+    """Make the error for a table that another optimizer has been built with."""
+    return RuntimeError(
+        f"the table in {path!r} is committed with other moments than those in {directory!r} since another optimizer "
+        "was built with it. Nothing was changed. Go on with that one, and drop this."
+    )
+
+
+def replaced_memory_error(wanted: str | None, found: str | None) -> RuntimeError:
+    """Make the error for a parameter whose memory is another one than when its optimizer was built."""
+    was, is_now = ("ordinary memory" if path is None else f"the table in {path!r}" for path in (wanted, found))
+    return RuntimeError(
+        f"a parameter has other memory than when the optimizer was built: it was {was} and is {is_now}, as after "
+        "share_memory(), .to() or an assignment to .data. Nothing was changed. Copy its values into the table that "
+        "memory_mapped() returned, make that the parameter's memory again, or build a new optimizer with an empty "
+        "moment_dir."
     )
 
 
@@ -1209,9 +1236,9 @@ def _differences_of_ranks(steps: Sequence[object], shared: Sequence[Mapping[int,
         return [*found, f"the ranks have state for different parameters: {by_rank}"]
     for number, values in shared[0].items():
         for key in values:
-            by_rank = [states[number].get(key) for states in shared]
-            if any(value != by_rank[0] for value in by_rank):
-                each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(by_rank))
+            found_there = [states[number].get(key) for states in shared]
+            if any(value != found_there[0] for value in found_there):
+                each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(found_there))
                 found.append(f"{key} of parameter {number} is {each}")
     return found
 

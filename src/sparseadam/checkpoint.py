@@ -316,6 +316,10 @@ def _check_counters(counters: Mapping[str, Any], place: Place) -> None:
 
 
 def _check_rows(rows: object, num_slots: int, num_rows: int, place: Place) -> None:
+    if isinstance(rows, Tensor) and (rows.layout is not torch.strided or rows.is_meta):
+        raise checkpoint_error(
+            place, f"rows has layout {rows.layout} on {rows.device}, a strided tensor with data expected"
+        )
     if not isinstance(rows, Tensor) or rows.dtype is not torch.int64 or rows.dim() != 1:
         found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
         raise checkpoint_error(place, f"rows is {found}, a one-dimensional torch.int64 tensor expected")

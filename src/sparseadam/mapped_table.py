@@ -149,15 +149,27 @@ class MappedTable(MappedFile):
 
     def pair(self, directory_id: str, directory: str) -> None:
         """Have the table committed with a directory of moments from now on."""
-        here = os.path.dirname(os.path.realpath(self.path))
-        directory = os.path.realpath(directory)
-        pairing = {"id": directory_id, "path": directory, "relative": os.path.relpath(directory, here)}
-        block = _block(pairing)
-        if len(block) > _WRITTEN_BYTE - _PAIRING_BEGIN:
-            raise _validate.long_path_error(directory)
+        block = self.check_pairing(directory_id, directory)
         with naming(self.path):
             os.pwrite(self.fd, block, _PAIRING_BEGIN)
         self.sync()
+
+    def check_pairing(self, directory_id: str, directory: str) -> bytes:
+        """Return what ``pair`` writes.
+
+        Raises:
+            ValueError: the path of the directory is too long.
+        """
+        here = os.path.dirname(os.path.realpath(self.path))
+        directory = os.path.realpath(directory)
+        block = _block({"id": directory_id, "path": directory, "relative": os.path.relpath(directory, here)})
+        if len(block) > _WRITTEN_BYTE - _PAIRING_BEGIN:
+            raise _validate.long_path_error(directory)
+        return block
+
+    def is_paired_with(self, directory_id: str) -> bool:
+        """Whether the table is committed with this directory of moments; quicker than to read ``pairing``."""
+        return directory_id.encode() in bytes(self[_PAIRING_BEGIN:_WRITTEN_BYTE])
 
     @property
     def is_written(self) -> bool:
@@ -173,10 +185,13 @@ class MappedTable(MappedFile):
 
         Raises:
             FileNotFoundError: the directory that can tell how is gone.
+            ValueError: the note of where it is is damaged.
         """
         pairing = self.pairing
-        if not self.is_written or pairing is None:
+        if not self.is_written:
             return
+        if pairing is None:
+            raise _validate.damaged_error(self.path, "a note of its moments that does not match its checksum")
         here = os.path.dirname(os.path.realpath(self.path))
         for directory in (os.path.join(here, pairing["relative"]), pairing["path"]):
             commit = read_commit(directory)
@@ -184,6 +199,8 @@ class MappedTable(MappedFile):
                 tables = (each["table"] for each in commit["parameters"] if each["table"] is not None)
                 numbers = [table["number"] for table in tables if table["id"] == self.id]
                 roll_back(directory, commit["commit"], {number: self.records(number) for number in numbers})
+                self.sync()
+                self.is_written = False  # what is written from now on, by whoever has the table alone, stays
                 return
         raise _validate.lost_moments_error(self.path, pairing["path"])
 
@@ -333,12 +350,14 @@ def _initialize_read_rows(table: Tensor, rows: Tensor) -> None:
 def _about(num_rows: object, dim: object, dtype: object, init: object, seed: object) -> dict[str, Any]:
     """Return what a table is, as it is written into its file, having checked the arguments."""
     kind, scale = _validate.check_init(init)
-    return {
+    about = {
         "num_rows": _validate.check_mapped_size(num_rows, "num_rows"),
         "dim": _validate.check_mapped_size(dim, "dim"),
         "dtype": str(_validate.check_table_dtype(dtype)).removeprefix("torch."),
         "init": [kind, scale, _validate.check_seed(seed)],
     }
+    _validate.check_file_size(_num_bytes(about))
+    return about
 
 
 def _num_bytes(about: dict[str, Any]) -> int:

@@ -51,6 +51,11 @@ _ROWS_AT_ONCE = 1 << 20
 
 _OUR_NAMES = re.compile(r"commit\.json(\.new)?|undo-\d+\.log|values-\d+\.pt|moments-\d+")
 
+# Of a commit that is not the first one, so that there was one before.
+_OF_LATER_COMMIT = re.compile(r"(undo|values)-[1-9]\d*\.(log|pt)")
+# What is saved of what is in memory.
+_VALUES = {"parameters", "states", "histories"}
+
 
 class Write(NamedTuple):
     """Rows that are about to be written.
@@ -233,6 +238,9 @@ class MomentDirectory:
         self.states: dict[int, Moments | Mapping[str, Any]] = {}
         self.seeds: list[int | None] = []
         self._tables: dict[str, _Table] = {}
+        self._table_ids: dict[
+            int, str | None
+        ] = {}  # of the mapped table that a parameter, by its id(), has its memory in
         self._log: UndoLog | None = None
         try:
             os.mkdir(self.path)
@@ -243,17 +251,24 @@ class MomentDirectory:
             weakref.finalize(self, os.close, os.dup(fd))
             content = read_commit(self.path)
             if content is None:
-                self._check_empty()
+                self._check_empty(kept)
                 self._id, self._commit, self._next_number = uuid.uuid4().hex, -1, 0
                 self.add(kept, kept)
             else:
                 self._id, self._commit, self._next_number = content["id"], content["commit"], content["next_number"]
                 self._resume(content, kept, layouts)
 
-    def _check_empty(self) -> None:
-        foreign = sorted(name for name in os.listdir(self.path) if not _OUR_NAMES.fullmatch(name))
+    def _check_empty(self, kept: Sequence[Kept]) -> None:
+        """Refuse a directory without a commit that is not new: it may have what the first one left unfinished."""
+        names = os.listdir(self.path)
+        foreign = sorted(name for name in names if not _OUR_NAMES.fullmatch(name))
         if foreign:
             raise _validate.foreign_directory_error(self.path, foreign[0])
+        pairings = [mapped.pairing for mapped in map(self._mapped, kept) if mapped is not None]
+        here = os.path.realpath(self.path)
+        is_paired = any(pairing is not None and pairing["path"] == here for pairing in pairings)
+        if any(_OF_LATER_COMMIT.fullmatch(name) for name in names) or (names and is_paired):
+            raise _validate.missing_part_error(self.path, os.path.join(self.path, COMMIT_FILE))
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -264,7 +279,10 @@ class MomentDirectory:
         )
         for entry, each, layout in zip(entries, kept, layouts, strict=True):
             self._check_entry(entry, each, layout)
-        records = {table.number: table.mapped.records(table.number) for table in self._tables.values()}
+        values = self._load_values(kept)
+        # A table that was opened by itself has been taken back already, and may have been changed since.
+        written = [table for table in self._tables.values() if table.mapped.is_written]
+        records = {table.number: table.mapped.records(table.number) for table in written}
         memories: dict[int, FileMemory] = {}
         for number, (entry, each) in enumerate(zip(entries, kept, strict=True)):
             if entry["moments"] is not None:
@@ -275,7 +293,7 @@ class MomentDirectory:
         has_entries = roll_back(self.path, self._commit, records)
         for number in memories:
             self._index(number, entries[number]["moments"])
-        self._read_values(kept)
+        self._take_values(values, kept)
         self.seeds = content["seeds"]
         present = [Kept(each.place, each.parameter, self.states.get(number)) for number, each in enumerate(kept)]
         if has_entries or any(table.is_pending for table in self._tables.values()):
@@ -308,6 +326,7 @@ class MomentDirectory:
             if not is_ours and not saved["is_pending"]:
                 raise _validate.repaired_table_error(self.path, place, mapped.path, pairing)
             self._tables[mapped.id] = _Table(mapped, saved["number"], is_pending=not is_ours)
+        self._table_ids[id(parameter)] = None if mapped is None else mapped.id
         if entry["moments"] is not None and _read_layout(entry["moments"]["layout"]) != layout:
             raise _validate.committed_layout_error(self.path, place, _read_layout(entry["moments"]["layout"]), layout)
 
@@ -330,12 +349,21 @@ class MomentDirectory:
             memory.allocate_index(rows)
         moments.index_rows()
 
-    def _read_values(self, kept: Sequence[Kept]) -> None:
+    def _load_values(self, kept: Sequence[Kept]) -> dict[str, dict[int, Any]]:
+        """Return what the commit saved of what is in memory."""
         path = self._values_path(self._commit)
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved: dict[str, dict[int, Any]] = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise _validate.missing_part_error(self.path, path) from None
+        except Exception as error:  # of whatever a damaged file makes of unpickling
+            raise _validate.damaged_error(path, str(error).partition("\n")[0] or type(error).__name__) from error
+        in_memory = [number for number, each in enumerate(kept) if self._mapped(each) is None]
+        if not isinstance(saved, dict) or set(saved) != _VALUES or sorted(saved["parameters"]) != in_memory:
+            raise _validate.damaged_error(path, "something other than the values of the parameters in memory")
+        return saved
+
+    def _take_values(self, saved: Mapping[str, Mapping[int, Any]], kept: Sequence[Kept]) -> None:
         with torch.no_grad():
             for number, value in saved["parameters"].items():
                 kept[number].parameter.copy_(value)
@@ -358,9 +386,11 @@ class MomentDirectory:
             ValueError: a table that is part of a memory-mapped one.
             OSError: the disk could not take the commit.
         """
-        mapped_tables = [mapped for mapped in map(self._mapped, new) if mapped is not None]
-        for mapped in mapped_tables:
-            if mapped.id not in self._tables:
+        for each in new:
+            mapped = self._mapped(each)
+            self._table_ids[id(each.parameter)] = None if mapped is None else mapped.id
+            if mapped is not None and mapped.id not in self._tables:
+                mapped.check_pairing(self._id, self.path)
                 self._tables[mapped.id] = _Table(mapped, self._new_number(), is_pending=True)
         self.commit(kept)
         pending = [table for table in self._tables.values() if table.is_pending]
@@ -412,6 +442,8 @@ class MomentDirectory:
         mapped = mapped_table.find(write.table)
         if mapped is not None:
             self._listed(mapped)
+        self._check_memory(write.table)
+        if mapped is not None:
             mapped.before_writing(write.rows)
         self._make_slots(write.moments, write.rows)
 
@@ -482,7 +514,19 @@ class MomentDirectory:
         listed = self._tables.get(mapped.id)
         if listed is None or listed.mapped is not mapped:
             raise _validate.unknown_table_error(mapped.path)
+        if not listed.is_pending and not mapped.is_paired_with(self._id):
+            raise _validate.taken_table_error(mapped.path, self.path)
         return listed
+
+    def _check_memory(self, parameter: Tensor) -> None:
+        """Refuse a parameter that has been given other memory than it had: a table's in a file, or ordinary one."""
+        mapped = mapped_table.find(parameter)
+        found = None if mapped is None else mapped.id
+        wanted = self._table_ids.get(id(parameter), found)
+        if found != wanted:
+            raise _validate.replaced_memory_error(
+                None if wanted is None else self._tables[wanted].mapped.path, None if mapped is None else mapped.path
+            )
 
     def _new_number(self) -> int:
         self._next_number += 1
@@ -507,9 +551,14 @@ class MomentDirectory:
         after.
 
         Raises:
+            RuntimeError: a parameter that has been given other memory, or a table that is committed elsewhere since.
             OSError: the disk could not take it. The commit before stands, and the log goes on, unless ``commit.json``
                 has been replaced already.
         """
+        for each in kept:
+            self._check_memory(each.parameter)
+        for table in self._tables.values():
+            self._listed(table.mapped)
         for table in self._tables.values():
             table.mapped.sync()
         memories = _memories(kept)

@@ -34,6 +34,9 @@ COMMIT_FILE = "commit.json"
 COMMIT_MAGIC = "sparseadam moments"
 VERSION = 1
 
+_COMMIT_KEYS = {"id", "commit", "next_number", "seeds", "parameters"}
+_PARAMETER_KEYS = {"group", "position", "shape", "dtype", "table", "moments"}
+
 _HEAD, _CRC = struct.Struct("<4sIQQ"), struct.Struct("<I")
 _ENTRY_BYTES = _HEAD.size + _CRC.size
 _ENTRY_MAGIC = b"undo"
@@ -191,6 +194,11 @@ def read_commit(directory: str) -> dict[str, Any] | None:
         raise _validate.foreign_error(path, "a commit of moments")
     if content.get("version") != VERSION:
         raise _validate.version_error(path, content.get("version"), VERSION)
+    missing = _COMMIT_KEYS - set(content)
+    for entry in content.get("parameters", []):
+        missing |= _PARAMETER_KEYS - set(entry)
+    if missing:
+        raise _validate.damaged_error(path, f"a commit without {', '.join(sorted(missing))}")
     return content
 
 
