@@ -116,7 +116,11 @@ def _cell(record: Record, part: str) -> str:
 
 COLUMNS = (
     Column("case", "a case of the table above", lambda record: str(record["case"])),
-    Column("Python, ms", "step() outside the native call, with the clocks that were put around that", lambda record: _cell(record, "python")),
+    Column(
+        "Python, ms",
+        "step() outside the native call, with the clocks that were put around that",
+        lambda record: _cell(record, "python"),
+    ),
     Column(
         "read, check and partition, ms", "to the point where all is known to be good", lambda r: _cell(r, "partition")
     ),
