@@ -39,6 +39,7 @@ constexpr double kPatienceSeconds = 300e-6;
 // goes through undisturbed.
 constexpr double kHeldUpSeconds = 300e-6;
 constexpr double kHeldUpShare = 0.15;  // of a long step: less is what any system takes now and then
+double held_up_after(double step_seconds) { return std::max(kHeldUpSeconds, kHeldUpShare * step_seconds); }
 constexpr int kMinBackoff = 4;
 constexpr int kMaxBackoff = 64;
 std::atomic<int> steps_alone{0};
@@ -129,6 +130,7 @@ void Team::launch(int num_threads, void (*step)(void* context, Team& team), void
     step(context, team);
     return;
   }
+  const auto began = std::chrono::steady_clock::now();
   std::chrono::steady_clock::time_point dismissed;
   std::exception_ptr error;
   fork_join(num_threads, [&](int thread) {
@@ -145,8 +147,9 @@ void Team::launch(int num_threads, void (*step)(void* context, Team& team), void
     dismissed = std::chrono::steady_clock::now();
   });
   if (error) std::rethrow_exception(error);
+  const std::chrono::duration<double> took = dismissed - began;
   const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - dismissed;
-  learn(waited.count() > kHeldUpSeconds || team.helper_lost_core_.load());
+  learn(waited.count() > held_up_after(took.count()) || team.helper_lost_core_.load());
 }
 
 void Team::run(const Phase& phase) {
@@ -225,7 +228,7 @@ void Team::help(int thread) {
   const Clocks ended = clocks();
   const double took = ended.wall - began.wall;
   const double off_core = took - (ended.running - began.running);
-  if (off_core > std::max(kHeldUpSeconds, kHeldUpShare * took)) helper_lost_core_.store(true);
+  if (off_core > held_up_after(took)) helper_lost_core_.store(true);
 }
 
 void Team::dismiss() { ticket_.store((kDismissed << kTaskBits) | kTaskMask, std::memory_order_release); }
