@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import functools
 import inspect
 import io
 import pickle
@@ -594,9 +595,11 @@ def test_step_hooks_see_and_change_the_step(backend: str) -> None:
     assert torch.equal(after[0], twin.users.weight)
 
 
-def test_hooks_run_once_for_a_subclass_with_a_step_of_its_own(backend: str) -> None:
+@pytest.mark.parametrize("wraps", [lambda step: step, functools.wraps(SparseAdam.step)], ids=["plain", "wraps"])
+def test_hooks_run_once_for_a_subclass_with_a_step_of_its_own(backend: str, wraps: Callable[[Any], Any]) -> None:
     class Own(SparseAdam):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        @wraps
+        def step(self, closure: Any = None) -> Any:
             return super().step(closure)
 
     model = Model()

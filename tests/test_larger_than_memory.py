@@ -26,7 +26,7 @@ from snapshot import bits, snapshot
 from torch import Tensor, nn
 
 import sparseadam
-from sparseadam import SparseAdam, initialize_on_read, initialize_rows, memory_mapped
+from sparseadam import SparseAdam, initialize_on_read, initialize_rows, memory_mapped, moment_directory
 from sparseadam._mapped_file import Bits
 from sparseadam.bench.control_group import limited_memory
 from sparseadam.bench.errors import BenchError
@@ -969,13 +969,40 @@ def test_a_lost_commit_is_not_taken_for_a_beginning(tmp_path: Path) -> None:
     assert Training(tmp_path).everything() == in_memory(2)
 
 
-def test_a_commit_lost_right_after_the_first_is_not_taken_for_a_beginning(tmp_path: Path) -> None:
-    Training(tmp_path)
-    (tmp_path / "moments" / "commit.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"commit\.json.* is missing"):
-        Training(tmp_path)
+def test_a_first_commit_that_failed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a table that was committed in a directory of that name before."""
+    trained(tmp_path)
+    memory_mapped(tmp_path / "a.table")  # taken back
+    gc.collect()
     shutil.rmtree(tmp_path / "moments")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(moment_directory, "write_commit", full_disk)
+        Training(tmp_path)
+    gc.collect()
+    assert {path.name for path in (tmp_path / "moments").iterdir()} == {"undo-0.log", "values-0.pt"}
     assert not Training(tmp_path).optimizer.state
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_tables_of_no_group_are_no_longer_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those of a group that was taken out nor those of one that could not be added."""
+    tables = [nn.Parameter(memory_mapped(tmp_path / f"{name}.table", 6, 2)) for name in "abc"]
+    optimizer = SparseAdam([{"params": [tables[0]]}, {"params": [tables[1]]}], moment_dir=tmp_path / "moments")
+    del optimizer.param_groups[1]
+    optimizer.checkpoint()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(moment_directory, "write_commit", full_disk)
+        optimizer.add_param_group({"params": [tables[2]]})
+    others = SparseAdam(tables[1:], moment_dir=tmp_path / "others")
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 2))]})
+    for each in (optimizer, others):
+        for table in each.param_groups[0]["params"]:
+            table.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 2), table.shape, check_invariants=True)
+        each.step()
+        each.checkpoint()
 
 
 def test_a_damaged_note_of_the_moments_is_no_reason_to_leave_rows_as_they_are(tmp_path: Path) -> None:

@@ -410,6 +410,9 @@ def read_a_copy(rank: int) -> dict[str, Any]:
     behind = copied.weight.detach().clone()
     copied(torch.arange(9))
     table(torch.tensor([rank]))
+    for _ in range(5):
+        table = deepcopy(table)
+    table(torch.tensor([rank]))
     return {"is_left_alone": torch.equal(copied.weight.detach(), behind), "num_hooks": len(copied._read_hooks)}
 
 

@@ -51,8 +51,8 @@ _ROWS_AT_ONCE = 1 << 20
 
 _OUR_NAMES = re.compile(r"commit\.json(\.new)?|undo-\d+\.log|values-\d+\.pt|moments-\d+")
 
-# Of a commit that is not the first one, so that there was one before.
-_OF_LATER_COMMIT = re.compile(r"(undo|values)-[1-9]\d*\.(log|pt)")
+# What is there only when the first commit was completed.
+_AFTER_FIRST_COMMIT = re.compile(r"undo-[1-9]\d*\.log|values-[1-9]\d*\.pt|moments-\d+")
 # What is saved of what is in memory.
 _VALUES = {"parameters", "states", "histories"}
 
@@ -251,23 +251,20 @@ class MomentDirectory:
             weakref.finalize(self, os.close, os.dup(fd))
             content = read_commit(self.path)
             if content is None:
-                self._check_empty(kept)
+                self._check_empty()
                 self._id, self._commit, self._next_number = uuid.uuid4().hex, -1, 0
                 self.add(kept, kept)
             else:
                 self._id, self._commit, self._next_number = content["id"], content["commit"], content["next_number"]
                 self._resume(content, kept, layouts)
 
-    def _check_empty(self, kept: Sequence[Kept]) -> None:
+    def _check_empty(self) -> None:
         """Refuse a directory without a commit that is not new: it may have what the first one left unfinished."""
         names = os.listdir(self.path)
         foreign = sorted(name for name in names if not _OUR_NAMES.fullmatch(name))
         if foreign:
             raise _validate.foreign_directory_error(self.path, foreign[0])
-        pairings = [mapped.pairing for mapped in map(self._mapped, kept) if mapped is not None]
-        here = os.path.realpath(self.path)
-        is_paired = any(pairing is not None and pairing["path"] == here for pairing in pairings)
-        if any(_OF_LATER_COMMIT.fullmatch(name) for name in names) or (names and is_paired):
+        if any(_AFTER_FIRST_COMMIT.fullmatch(name) for name in names):
             raise _validate.missing_part_error(self.path, os.path.join(self.path, COMMIT_FILE))
 
     # Opening ---------------------------------------------------------------------------------------------------------
@@ -386,13 +383,22 @@ class MomentDirectory:
             ValueError: a table that is part of a memory-mapped one.
             OSError: the disk could not take the commit.
         """
-        for each in new:
-            mapped = self._mapped(each)
-            self._table_ids[id(each.parameter)] = None if mapped is None else mapped.id
-            if mapped is not None and mapped.id not in self._tables:
-                mapped.check_pairing(self._id, self.path)
+        mapped_tables = [self._mapped(each) for each in new]
+        new_tables = [mapped for mapped in mapped_tables if mapped is not None and mapped.id not in self._tables]
+        for mapped in new_tables:
+            mapped.check_pairing(self._id, self.path)
+        before = self._commit
+        try:
+            for mapped in new_tables:
                 self._tables[mapped.id] = _Table(mapped, self._new_number(), is_pending=True)
-        self.commit(kept)
+            self.commit(kept)
+        except BaseException:
+            if self._commit == before:
+                for mapped in new_tables:
+                    self._tables.pop(mapped.id, None)
+            raise
+        for each, its_table in zip(new, mapped_tables, strict=True):
+            self._table_ids[id(each.parameter)] = None if its_table is None else its_table.id
         pending = [table for table in self._tables.values() if table.is_pending]
         for table in pending:
             table.mapped.pair(self._id, self.path)
@@ -557,8 +563,9 @@ class MomentDirectory:
         """
         for each in kept:
             self._check_memory(each.parameter)
-        for table in self._tables.values():
-            self._listed(table.mapped)
+        mapped_tables = [mapped_table.find(each.parameter) for each in kept]
+        # Those of a group that was taken out are committed no more.
+        self._tables = {mapped.id: self._listed(mapped) for mapped in mapped_tables if mapped is not None}
         for table in self._tables.values():
             table.mapped.sync()
         memories = _memories(kept)

@@ -47,7 +47,8 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         )
-        sees_to_it = is_observed and type(self).step is wrapper
+        # All that PyTorch wraps has the code of `observed`.
+        sees_to_it = is_observed and getattr(type(self).step, "__code__", None) is not observed.__code__
         return (observed if sees_to_it else step)(self, *args, **kwargs)
 
     wrapper.hooked = True
@@ -638,7 +639,9 @@ class SparseAdam(torch.optim.Optimizer):
             RuntimeError: the table has another shape than its moments were made for, or cannot be updated by the
                 backend that was named. Nothing has been changed.
         """
-        self._catch_up(self._place_of(param), param, rows)
+        place = self._place_of(param)
+        self._catch_up(place, param, rows)
+        _validate.check_row_range(rows, _most_rows(param, self.state.get(param)), place)
 
     def _catch_up_if_own(self, table: Tensor, rows: Tensor) -> None:
         """Catch up on rows that a module announces; it may read tables of others as well."""
@@ -653,8 +656,6 @@ class SparseAdam(torch.optim.Optimizer):
         moments = self._kept(table, place, options)
         if isinstance(moments, Moments) and moments.history is not None:
             self._bring_rows_up_to_date(table, moments, rows, place, options)
-        else:
-            _validate.check_row_range(rows, _most_rows(table, moments), place)
 
     def _bring_rows_up_to_date(
         self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions
@@ -957,7 +958,9 @@ def _most_rows(table: Tensor, kept: Moments | Mapping[str, Any] | None) -> int:
 
     Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
     """
-    return table.numel() if kept is None else kept.num_rows if isinstance(kept, Moments) else len(table)
+    if isinstance(kept, Moments):
+        return kept.num_rows
+    return len(table) if kept and table.dim() > 0 else table.numel()
 
 
 def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:

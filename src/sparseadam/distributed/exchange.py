@@ -71,11 +71,11 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         """Return the words for it in a message."""
         stage = ("the forward pass", "the backward pass", "refused ids")[self.stage]
-        table, copies = self.table, ""
-        while table >= _FIRST_COPY:
-            table, number = divmod(table, _FIRST_COPY)
-            table, copies = table - 1, f"{copies}copy {number} of "
-        return f"{stage} of lookup {self.lookup} of {copies}sharded table {table}"
+        table = f"sharded table {self.table}"
+        if self.table >= _FIRST_COPY:
+            original, copy_number = divmod(self.table, _FIRST_COPY)
+            table = f"copy {copy_number} of sharded table {original - 1}"
+        return f"{stage} of lookup {self.lookup} of {table}"
 
 
 class Lookup(NamedTuple):
@@ -121,17 +121,17 @@ class Exchange:
         self.traffic = Traffic()
         self._id_dtype = torch.int32 if rows_per_rank < 2**31 else torch.int64
         self._num_lookups = 0
-        self._num_copies = 0
+        self._copy_numbers = itertools.count(1)
         gathered = self.gather([next(_table_numbers), *facts.values()], "building a sharded table")
         self._table = gathered[0][0]
         _validate.check_same_on_all_ranks(list(facts), [each[1:] for each in gathered])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         """Return the talk of a copy of the table, which every rank must make; the ranks are the same ones."""
-        copied = copy(self)
-        self._num_copies += 1
-        copied._table = (self._table + 1) * _FIRST_COPY + self._num_copies
-        copied._num_lookups = copied._num_copies = 0
+        copied = copy(self)  # copies of copies count on with their original
+        original = self._table // _FIRST_COPY - 1 if self._table >= _FIRST_COPY else self._table
+        copied._table = (original + 1) * _FIRST_COPY + next(self._copy_numbers)
+        copied._num_lookups = 0
         copied.traffic = Traffic()
         return copied
 
