@@ -417,14 +417,12 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, bool is_one_by_one, 
   }
   fault = look_at_rows(tables, workspace, team);
   if (fault.table >= 0) return fault;
-  const auto num_partitions = static_cast<int64_t>(workspace.partitions.size());
-  for (int64_t begin = 0, end = 0; begin < num_partitions; begin = end) {
-    const int64_t table = workspace.partitions[static_cast<size_t>(begin)].table;
-    end = num_partitions;
-    if (is_one_by_one) {
-      for (end = begin; end < num_partitions && workspace.partitions[static_cast<size_t>(end)].table == table;) ++end;
-    }
-    walk_partitions(team, tables, workspace, begin, end);
+  const auto first = workspace.partitions.begin();
+  const auto last = workspace.partitions.end();
+  for (auto begin = first, end = last; begin != last; begin = end) {
+    const auto is_of_another_table = [&](const Task& task) { return task.table != begin->table; };
+    end = is_one_by_one ? std::find_if(begin, last, is_of_another_table) : last;
+    walk_partitions(team, tables, workspace, begin - first, end - first);
   }
   return {};
 }

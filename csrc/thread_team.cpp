@@ -125,11 +125,11 @@ int threads_for(int64_t num_bytes, int max_threads) {
 
 void Team::launch(int num_threads, void (*step)(void* context, Team& team), void* context) {
   Team team;
-  std::fegetenv(&team.caller_environment_);
   if (num_threads <= 1 || is_forked_child.load() || is_step_alone()) {
     step(context, team);
     return;
   }
+  std::fegetenv(&team.caller_environment_);
   const auto began = std::chrono::steady_clock::now();
   std::chrono::steady_clock::time_point dismissed;
   std::exception_ptr error;

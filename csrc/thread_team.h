@@ -53,8 +53,8 @@ class Team {
   std::atomic<int64_t> num_tasks_{0};
   std::atomic<int64_t> num_done_{0};
   std::atomic<bool> helper_lost_core_{false};
-  std::fenv_t
-      caller_environment_{};  // rounding, and whether the smallest numbers are flushed to zero: the helpers' too
+  // Rounding, and whether the smallest numbers are flushed to zero: the helpers' too.
+  std::fenv_t caller_environment_{};
   std::mutex error_mutex_;
   std::exception_ptr error_;  // of the phase
 };

@@ -932,6 +932,19 @@ def test_a_file_of_the_commit_that_is_gone_or_cut_short_is_refused(tmp_path: Pat
     assert Training(tmp_path).everything() == in_memory(2)
 
 
+def assert_refused_until_restored(
+    place: Path, path: Path, content: bytes, error: type[Exception], message: str
+) -> None:
+    """Opening changes nothing, and once a file has its content again, all is as it was committed after two steps."""
+    before = paths_of(place)
+    with pytest.raises(error, match=message):
+        Training(place)
+    assert paths_of(place) == before
+    path.write_bytes(content)
+    gc.collect()
+    assert Training(place).everything() == in_memory(2)
+
+
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"garbage"])
 def test_damaged_values_of_a_commit_are_refused_before_anything_is_changed(
     tmp_path: Path, damage: Callable[[bytes], bytes]
@@ -942,13 +955,7 @@ def test_damaged_values_of_a_commit_are_refused_before_anything_is_changed(
     path.write_bytes(damage(content))
     memory_mapped(tmp_path / "a.table")  # taken back by itself
     gc.collect()
-    before = paths_of(tmp_path)
-    with pytest.raises(ValueError, match=r"values-1\.pt' is damaged: "):
-        Training(tmp_path)
-    assert paths_of(tmp_path) == before
-    path.write_bytes(content)
-    gc.collect()
-    assert Training(tmp_path).everything() == in_memory(2)
+    assert_refused_until_restored(tmp_path, path, content, ValueError, r"values-1\.pt' is damaged: ")
 
 
 def test_a_lost_commit_is_not_taken_for_a_beginning(tmp_path: Path) -> None:
@@ -960,13 +967,7 @@ def test_a_lost_commit_is_not_taken_for_a_beginning(tmp_path: Path) -> None:
     commit = tmp_path / "moments" / "commit.json"
     content = commit.read_bytes()
     commit.unlink()
-    before = paths_of(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"commit\.json.* is missing"):
-        Training(tmp_path)
-    assert paths_of(tmp_path) == before
-    commit.write_bytes(content)
-    gc.collect()
-    assert Training(tmp_path).everything() == in_memory(2)
+    assert_refused_until_restored(tmp_path, commit, content, FileNotFoundError, r"commit\.json.* is missing")
 
 
 def test_a_first_commit_that_failed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1171,11 +1171,16 @@ def out_of_step_error(rank: int, places: Sequence[str]) -> RuntimeError:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error of others says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def lost_rank_error(rank: int, world_size: int, doing: str, error: RuntimeError) -> RuntimeError:
     """Make the error of a rank that others do not answer."""
-    cause = str(error).strip().splitlines()
     return RuntimeError(
-        f"rank {rank} of {world_size} lost another rank while {doing}: {cause[0] if cause else type(error).__name__}. "
+        f"rank {rank} of {world_size} lost another rank while {doing}: {reason_of(error)}. "
         "Either that rank has ended, or it did not come here within the process group's timeout: every rank must call "
         "each sharded table equally often and run the backward pass of each call. See the first error that any rank "
         "printed; end this process, and start all from the last checkpoint, as torchrun --max-restarts does."

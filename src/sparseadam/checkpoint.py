@@ -225,12 +225,16 @@ def _read_step(step: object, place: Place, layout: StateLayout) -> int:
     return value
 
 
+def _check_has_data(part: Tensor, key: str, place: Place) -> None:
+    if part.layout is not torch.strided or part.is_meta:
+        found = "no data, on the meta device" if part.is_meta else f"layout {part.layout}"
+        raise checkpoint_error(place, f"{key} has {found}, a strided tensor expected")
+
+
 def _check_moment(moment: object, key: str, table: Tensor, place: Place, layout: StateLayout, *, dense: bool) -> None:
     if not isinstance(moment, Tensor):
         raise checkpoint_error(place, f"{key} is a {type(moment).__name__}, a strided tensor expected")
-    if moment.layout is not torch.strided or moment.is_meta:
-        found = "no data, on the meta device" if moment.is_meta else f"layout {moment.layout}"
-        raise checkpoint_error(place, f"{key} has {found}, a strided tensor expected")
+    _check_has_data(moment, key, place)
     allowed = {layout.parts(torch.Size(), moment_dtype(table.dtype))[key].dtype}
     if dense:
         allowed.add(table.dtype)  # PyTorch keeps the moments of half-precision tables in half precision
@@ -316,10 +320,8 @@ def _check_counters(counters: Mapping[str, Any], place: Place) -> None:
 
 
 def _check_rows(rows: object, num_slots: int, num_rows: int, place: Place) -> None:
-    if isinstance(rows, Tensor) and (rows.layout is not torch.strided or rows.is_meta):
-        raise checkpoint_error(
-            place, f"rows has layout {rows.layout} on {rows.device}, a strided tensor with data expected"
-        )
+    if isinstance(rows, Tensor):
+        _check_has_data(rows, "rows", place)
     if not isinstance(rows, Tensor) or rows.dtype is not torch.int64 or rows.dim() != 1:
         found = f"{rows.dtype} {shape_text(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
         raise checkpoint_error(place, f"rows is {found}, a one-dimensional torch.int64 tensor expected")

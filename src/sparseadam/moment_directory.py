@@ -238,9 +238,8 @@ class MomentDirectory:
         self.states: dict[int, Moments | Mapping[str, Any]] = {}
         self.seeds: list[int | None] = []
         self._tables: dict[str, _Table] = {}
-        self._table_ids: dict[
-            int, str | None
-        ] = {}  # of the mapped table that a parameter, by its id(), has its memory in
+        # Of the mapped table that a parameter, by its id(), has its memory in.
+        self._table_ids: dict[int, str | None] = {}
         self._log: UndoLog | None = None
         try:
             os.mkdir(self.path)
@@ -354,7 +353,7 @@ class MomentDirectory:
         except FileNotFoundError:
             raise _validate.missing_part_error(self.path, path) from None
         except Exception as error:  # of whatever a damaged file makes of unpickling
-            raise _validate.damaged_error(path, str(error).partition("\n")[0] or type(error).__name__) from error
+            raise _validate.damaged_error(path, _validate.reason_of(error)) from error
         in_memory = [number for number, each in enumerate(kept) if self._mapped(each) is None]
         if not isinstance(saved, dict) or set(saved) != _VALUES or sorted(saved["parameters"]) != in_memory:
             raise _validate.damaged_error(path, "something other than the values of the parameters in memory")
@@ -387,15 +386,14 @@ class MomentDirectory:
         new_tables = [mapped for mapped in mapped_tables if mapped is not None and mapped.id not in self._tables]
         for mapped in new_tables:
             mapped.check_pairing(self._id, self.path)
-        before = self._commit
+        commit, tables = self._commit, dict(self._tables)
         try:
             for mapped in new_tables:
                 self._tables[mapped.id] = _Table(mapped, self._new_number(), is_pending=True)
             self.commit(kept)
         except BaseException:
-            if self._commit == before:
-                for mapped in new_tables:
-                    self._tables.pop(mapped.id, None)
+            if self._commit == commit:
+                self._tables = tables
             raise
         for each, its_table in zip(new, mapped_tables, strict=True):
             self._table_ids[id(each.parameter)] = None if its_table is None else its_table.id
@@ -434,24 +432,20 @@ class MomentDirectory:
                 initial values.
             OSError: the disk has no room. Nothing of what is kept has been changed.
         """
-        for write in writes:
-            self._make_room(write)
-        for write in writes:
-            mapped = mapped_table.find(write.table)
-            if mapped is not None:
-                self._log_rows(self._tables[mapped.id], write.rows)
+        tables = [self._make_room(write) for write in writes]
+        for write, table in zip(writes, tables, strict=True):
+            if table is not None:
+                self._log_rows(table, write.rows)
             slots = _slots_of(write.moments, write.rows)
             _memory_of(write.moments).prefetch(slots)
             self._log_slots(write.moments, slots)
 
-    def _make_room(self, write: Write) -> None:
-        mapped = mapped_table.find(write.table)
-        if mapped is not None:
-            self._listed(mapped)
-        self._check_memory(write.table)
-        if mapped is not None:
-            mapped.before_writing(write.rows)
+    def _make_room(self, write: Write) -> _Table | None:
+        table = self._table_of(write.table)
+        if table is not None:
+            table.mapped.before_writing(write.rows)
         self._make_slots(write.moments, write.rows)
+        return table
 
     def _make_slots(self, moments: Moments, rows: Tensor) -> None:
         """Have the disk keep room for the slots that rows need.
@@ -524,15 +518,17 @@ class MomentDirectory:
             raise _validate.taken_table_error(mapped.path, self.path)
         return listed
 
-    def _check_memory(self, parameter: Tensor) -> None:
-        """Refuse a parameter that has been given other memory than it had: a table's in a file, or ordinary one."""
+    def _table_of(self, parameter: Tensor) -> _Table | None:
+        """Return what is kept of a table, or None of one in memory; refuse a parameter that got other memory."""
         mapped = mapped_table.find(parameter)
+        listed = None if mapped is None else self._listed(mapped)
         found = None if mapped is None else mapped.id
         wanted = self._table_ids.get(id(parameter), found)
         if found != wanted:
             raise _validate.replaced_memory_error(
                 None if wanted is None else self._tables[wanted].mapped.path, None if mapped is None else mapped.path
             )
+        return listed
 
     def _new_number(self) -> int:
         self._next_number += 1
@@ -561,11 +557,9 @@ class MomentDirectory:
             OSError: the disk could not take it. The commit before stands, and the log goes on, unless ``commit.json``
                 has been replaced already.
         """
-        for each in kept:
-            self._check_memory(each.parameter)
-        mapped_tables = [mapped_table.find(each.parameter) for each in kept]
+        tables = [self._table_of(each.parameter) for each in kept]
         # Those of a group that was taken out are committed no more.
-        self._tables = {mapped.id: self._listed(mapped) for mapped in mapped_tables if mapped is not None}
+        self._tables = {table.mapped.id: table for table in tables if table is not None}
         for table in self._tables.values():
             table.mapped.sync()
         memories = _memories(kept)
@@ -633,12 +627,11 @@ class MomentDirectory:
         }
 
     def _describe_parameter(self, each: Kept) -> dict[str, Any]:
-        mapped = mapped_table.find(each.parameter)
+        listed = self._table_of(each.parameter)
         table = None
-        if mapped is not None:
-            listed = self._listed(mapped)
-            path = os.path.realpath(mapped.path)
-            table = {"number": listed.number, "id": mapped.id, "path": path, "is_pending": listed.is_pending}
+        if listed is not None:
+            path = os.path.realpath(listed.mapped.path)
+            table = {"number": listed.number, "id": listed.mapped.id, "path": path, "is_pending": listed.is_pending}
         moments = None
         if isinstance(each.state, Moments):
             moments = {

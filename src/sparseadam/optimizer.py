@@ -640,8 +640,8 @@ class SparseAdam(torch.optim.Optimizer):
                 backend that was named. Nothing has been changed.
         """
         place = self._place_of(param)
-        self._catch_up(place, param, rows)
-        _validate.check_row_range(rows, _most_rows(param, self.state.get(param)), place)
+        if not self._catch_up(place, param, rows):
+            _validate.check_row_range(rows, _most_rows(param, self.state.get(param)), place)
 
     def _catch_up_if_own(self, table: Tensor, rows: Tensor) -> None:
         """Catch up on rows that a module announces; it may read tables of others as well."""
@@ -650,12 +650,15 @@ class SparseAdam(torch.optim.Optimizer):
             self._catch_up(place, table, rows)
 
     @_outside_inference_mode
-    def _catch_up(self, place: Place, table: Tensor, rows: Tensor) -> None:
+    def _catch_up(self, place: Place, table: Tensor, rows: Tensor) -> bool:
+        """Return whether rows of the table can be behind; only then their range is checked."""
         options = _validate.check_group(place.group, place.group_index)
         _validate.check_rows(rows, place)
         moments = self._kept(table, place, options)
-        if isinstance(moments, Moments) and moments.history is not None:
-            self._bring_rows_up_to_date(table, moments, rows, place, options)
+        if not isinstance(moments, Moments) or moments.history is None:
+            return False
+        self._bring_rows_up_to_date(table, moments, rows, place, options)
+        return True
 
     def _bring_rows_up_to_date(
         self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions

@@ -71,7 +71,7 @@ def save_checkpoint(
         state = optimizer.state_dict()
         own = _Said(step, _unfit(model, state["state"], tables), *_describe(state["state"], tables))
     except Exception as caught:  # raised when the other ranks know of it
-        failure, own = caught, _Said(step, str(caught) or type(caught).__name__, {}, None)
+        failure, own = caught, _Said(step, _validate.reason_of(caught), {}, None)
     said: list[_Said] = ranks.gather(own, "beginning a checkpoint")
     if failure is not None:
         raise failure

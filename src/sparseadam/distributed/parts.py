@@ -144,7 +144,7 @@ class Saved:
             metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:  # of whatever a damaged file makes of unpickling
             raise _validate.unread_checkpoint_error(
-                str(folder), [f".metadata: {error or type(error).__name__}"]
+                str(folder), [f".metadata: {_validate.reason_of(error)}"]
             ) from error
         self._saved = metadata.state_dict_metadata
         self.tensors = {name: each for name, each in self._saved.items() if isinstance(each, TensorStorageMetadata)}
