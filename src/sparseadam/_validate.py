@@ -542,6 +542,19 @@ def dense_nonfinite_error(place: Place, first: Sequence[int], count: int) -> Run
     )
 
 
+def check_state_dict_type(value: object, expected: type, what: str, expected_text: str) -> None:
+    """Refuse a state dict, or a part of one, of another type than PyTorch's.
+
+    Raises:
+        TypeError: saying what was found and expected.
+    """
+    if not isinstance(value, expected):
+        raise TypeError(
+            f"{what} is {type(value).__name__}, {expected_text} expected, as state_dict() returns it. "
+            "The optimizer is unchanged."
+        )
+
+
 def clock_error(place: Place, step: int) -> RuntimeError:
     """Make the error for a table that has replayed as many steps as its rows' clocks can count."""
     return RuntimeError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._validate import GROUP_OPTIONS, SEED, GroupOptions, Place, checkpoint_error, shape_text
+from ._validate import GROUP_OPTIONS, SEED, GroupOptions, Place, check_state_dict_type, checkpoint_error, shape_text
 from .moments import CLOCKS, LARGEST_CLOCK, Moments, StateLayout, moment_dtype
 
 # Written beside the state; raised when a file of the old form could no longer be read.
@@ -49,28 +49,20 @@ def check_format(state_dict: Mapping[str, Any]) -> None:
         TypeError: it, or a part of it, is of another type than PyTorch's.
         ValueError: a part is missing, or the format is not one that this version knows.
     """
-    _check_type(state_dict, Mapping, "a state dict", "a dict")
+    check_state_dict_type(state_dict, Mapping, "a state dict", "a dict")
     for key in ("state", "param_groups"):
         if key not in state_dict:
             found = ", ".join(map(str, state_dict)) or "nothing"
             raise checkpoint_error("all parameters", f"{key} missing, found {found}")
-    _check_type(state_dict["state"], Mapping, "state", "a dict")
-    _check_type(state_dict["param_groups"], Sequence, "param_groups", "a list of dicts")
+    check_state_dict_type(state_dict["state"], Mapping, "state", "a dict")
+    check_state_dict_type(state_dict["param_groups"], Sequence, "param_groups", "a list of dicts")
     for index, group in enumerate(state_dict["param_groups"]):
-        _check_type(group, Mapping, f"param_groups[{index}]", "a dict")
-        _check_type(group.get("params", []), Sequence, f"param_groups[{index}]['params']", "a list")
+        check_state_dict_type(group, Mapping, f"param_groups[{index}]", "a dict")
+        check_state_dict_type(group.get("params", []), Sequence, f"param_groups[{index}]['params']", "a list")
     version = state_dict.get(FORMAT_KEY, FORMAT)
     if version != FORMAT:
         raise checkpoint_error(
             "all parameters", f"{FORMAT_KEY} is {version!r}, and this version of sparseadam reads {FORMAT}"
-        )
-
-
-def _check_type(value: object, expected: type, what: str, expected_text: str) -> None:
-    if not isinstance(value, expected):
-        raise TypeError(
-            f"{what} is {type(value).__name__}, {expected_text} expected, as state_dict() returns it. "
-            "The optimizer is unchanged."
         )
 
 
