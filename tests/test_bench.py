@@ -364,6 +364,31 @@ def test_short_steps_are_repeated_over_all_gradients_alike() -> None:
     assert len(log) - Recorder.warm_up_steps == 2 * NUM_GRADIENTS
 
 
+def test_commit_names_the_code_whatever_was_measured_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "src" / "sparseadam" / "bench" / "machine.py"
+    figures = tmp_path / "benchmarks" / "results" / "step.jsonl"
+    for file in (code, figures):
+        file.parent.mkdir(parents=True)
+        file.write_text("as committed")
+    monkeypatch.setattr(machine, "__file__", str(code))
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=Someone", "-c", "user.email=someone@example.com")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    assert machine.commit() is None  # nothing is committed yet
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD")[:12]
+    assert machine.commit() == head
+    figures.write_text("measured anew")
+    assert machine.commit() == head
+    code.write_text("changed")
+    assert machine.commit() == f"{head}-dirty"
+
+
 def test_floor_is_the_bytes_at_the_speed_of_the_copy() -> None:
     workload = Workload(Case("own", 1, 6, 5, 3, "uniform", targets={TORCH_SPARSE: 4, FLOOR: 0.5}))
     copy_seconds = 2.0

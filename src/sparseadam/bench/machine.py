@@ -44,15 +44,21 @@ def _driver() -> str:
     return f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
 
 
+# Where measurements are kept in a checkout: to write some does not make the next ones those of other code.
+_RESULTS = "benchmarks/results"
+
+
 def commit() -> str | None:
-    """Return the commit that this package was installed from, marked where files differ, or None outside a checkout."""
+    """Return the commit that this package was installed from, marked where code differs, or None outside a checkout."""
     package = Path(__file__).resolve().parent.parent
     try:
         top = _git(package, "rev-parse", "--show-toplevel")
         # The environment may lie in a checkout of something else, whose commit says nothing of this package.
         if not (Path(top) / "src" / "sparseadam" / "bench").is_dir():
             return None
-        return _git(package, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        name = _git(package, "rev-parse", "--short=12", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", top, f":(top,exclude){_RESULTS}")
+        return f"{name}-dirty" if changed else name
     except (OSError, subprocess.CalledProcessError):
         return None
 
