@@ -29,7 +29,9 @@ DOCS = HERE.parent / "docs"
 SCRIPTS: tuple[Script, ...] = tuple(
     module.SCRIPT for module in (scaling, overhead, options, replay, threads, contention, memory, step_profile)
 )
+# The table of steps, and the same taken once more, after all else: it shows how far a run repeats.
 STEP = "step"
+STEP_AGAIN = "step_again"
 
 
 def main() -> int:
@@ -40,7 +42,9 @@ def main() -> int:
     )
     if not parser.parse_args().no_run:
         measure_everything()
-    missing = [name for name in (STEP, *(script.name for script in SCRIPTS)) if not results_file(name).exists()]
+    missing = [
+        name for name in (STEP, STEP_AGAIN, *(script.name for script in SCRIPTS)) if not results_file(name).exists()
+    ]
     if missing:
         names = ", ".join(str(results_file(name).relative_to(HERE.parent)) for name in missing)
         print(f"docs: {names} not there; run without --no-run.", file=sys.stderr)
@@ -57,8 +61,9 @@ def results_file(name: str) -> Path:
 def measure_everything() -> None:
     """Run each measurement in a process of its own, as a reader would."""
     RESULTS.mkdir(exist_ok=True)
-    step = ["-m", "sparseadam", "bench", "--json", str(results_file(STEP))]
-    for arguments in (step, *([str(HERE / f"{script.name}.py")] for script in SCRIPTS)):
+    step, step_again = (["-m", "sparseadam", "bench", "--json", str(results_file(name))] for name in (STEP, STEP_AGAIN))
+    scripts = [[str(HERE / f"{script.name}.py")] for script in SCRIPTS]
+    for arguments in (step, *scripts, step_again):
         subprocess.run([sys.executable, *arguments], check=True)
 
 
@@ -76,12 +81,15 @@ def write_page() -> None:
 def placeholders(steps: list[Record]) -> dict[str, str]:
     """Return what goes into the template, by name."""
     bandwidths = [record["copy_bytes_per_second"]["median"] / 1e9 for record in steps]
+    steps_again = read_json_lines(results_file(STEP_AGAIN))
     filled = {
         "machine": machine_table(steps[0]),
         "step": section(report.COLUMNS, steps),
         "notes": "\n".join(f"- {note}" for note in report.notes(steps)),
         "bandwidth": f"{min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s",
         "missed": missed(steps),
+        STEP_AGAIN: markdown_table(report.COLUMNS, steps_again) + apart(steps_again[0], steps[0]),
+        "missed_again": missed(steps_again),
     }
     for script in SCRIPTS:
         records = read_json_lines(results_file(script.name))
@@ -131,7 +139,8 @@ def missed(steps: list[Record]) -> str:
 
 def fill(template: str, values: dict[str, str]) -> str:
     """Replace each ``{name}`` of the template; a name that is not known is an error."""
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+    filled = re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+    return re.sub(r"\n{3,}", "\n\n", filled)  # where a placeholder stands for nothing
 
 
 if __name__ == "__main__":
