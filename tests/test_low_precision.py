@@ -17,6 +17,7 @@ for package in ("numpy", "scipy", "sklearn", "matplotlib", "adjustText", "rich")
 
 import torch  # noqa: E402  (after the skip)
 
+from recipes.command_line import RecipeError  # noqa: E402
 from recipes.low_precision import cli, results, small_changes, steps, variants  # noqa: E402
 from recipes.low_precision.results import Run  # noqa: E402
 from recipes.low_precision.runs import Task, continue_variant, losses_without_training, train_variant  # noqa: E402
@@ -26,7 +27,6 @@ from recipes.word_vectors import training  # noqa: E402
 from recipes.word_vectors.cli import WORDNET, build_batches, build_model, parse_arguments  # noqa: E402
 from recipes.word_vectors.comparison import Contender  # noqa: E402
 from recipes.word_vectors.corpus import read_corpus  # noqa: E402
-from recipes.word_vectors.errors import RecipeError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,6 +19,7 @@ for package in ("numpy", "matplotlib", "rich", "scipy", "sklearn", "adjustText")
 import numpy as np  # noqa: E402  (after the skip)
 import torch  # noqa: E402
 
+from recipes.command_line import RecipeError  # noqa: E402
 from recipes.missed_steps import cli, gaps, measure, report, results, runs  # noqa: E402
 from recipes.missed_steps.data import read_interactions, read_triples  # noqa: E402
 from recipes.missed_steps.knowledge_graph import KnowledgeGraph  # noqa: E402
@@ -27,7 +28,6 @@ from recipes.missed_steps.recommender import Recommender  # noqa: E402
 from recipes.missed_steps.results import Results, ResultsFile  # noqa: E402
 from recipes.missed_steps.runs import Run  # noqa: E402
 from recipes.missed_steps.tasks import INTERACTIONS, build_task  # noqa: E402
-from recipes.word_vectors.errors import RecipeError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,10 +18,10 @@ for package in ("numpy", "scipy", "sklearn", "matplotlib", "adjustText", "rich")
 import numpy as np  # noqa: E402  (after the skip)
 import torch  # noqa: E402
 
+from recipes.command_line import RecipeError  # noqa: E402
 from recipes.word_vectors import cli, corpus, training, vectors  # noqa: E402
 from recipes.word_vectors.comparison import compare_optimizers  # noqa: E402
 from recipes.word_vectors.corpus import Batch, BatchStream, Corpus  # noqa: E402
-from recipes.word_vectors.errors import RecipeError  # noqa: E402
 from recipes.word_vectors.model import SkipGram  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..word_vectors.cli import WORDNET, build_batches, check_writable, whole_number
+from ..command_line import RecipeError, check_writable, exit_code, whole_number
+from ..word_vectors.cli import WORDNET, build_batches
 from ..word_vectors.cli import parse_arguments as parse_word_vector_arguments
 from ..word_vectors.corpus import read_corpus
-from ..word_vectors.errors import RecipeError
 from ..word_vectors.model import SkipGram
 from ..word_vectors.vectors import find_wordsim, read_judged_pairs
 from .pictures import draw
@@ -36,15 +35,7 @@ NOT_MEASURED = "none"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; return the exit code."""
-    try:
-        run(parse_arguments(arguments))
-    except RecipeError as error:
-        print(f"low_precision: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("low_precision: stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("low_precision", lambda: run(parse_arguments(arguments)))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,7 +1,6 @@
 """The command line: train every method with every learning rate, and show what was found."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from rich.console import Console
 
 from sparseadam.bench.report import origin
 
-from ..word_vectors.cli import check_writable, whole_number
-from ..word_vectors.errors import RecipeError
+from ..command_line import RecipeError, check_writable, exit_code, whole_number
 from .measure import measure
 from .methods import DENSE
 from .pictures import draw
@@ -28,15 +26,7 @@ QUICK_EPOCHS = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; return the exit code."""
-    try:
-        run(parse_arguments(arguments))
-    except RecipeError as error:
-        print(f"missed_steps: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("missed_steps: stopped; run it again to go on.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("missed_steps", lambda: run(parse_arguments(arguments)), stopped="stopped; run it again to go on.")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..word_vectors.errors import RecipeError
+from ..command_line import RecipeError
 
 HELD_OUT_SHARE = 0.1  # of a customer's items, once for validation and once for the test
 SPLIT_SEED = 0  # one split for all seeds, so that their spread is that of training

@@ -9,7 +9,7 @@ from typing import Any
 from sparseadam.bench.machine import facts
 from sparseadam.bench.report import Record, read_json_lines
 
-from ..word_vectors.errors import RecipeError
+from ..command_line import RecipeError
 from .gaps import Gaps
 from .methods import METHODS
 from .runs import Run

@@ -8,7 +8,7 @@ import torch
 
 from sparseadam import SparseAdam
 
-from ..word_vectors.errors import RecipeError
+from ..command_line import RecipeError
 from .methods import Method
 from .task import Task
 

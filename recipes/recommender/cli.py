@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..word_vectors.cli import whole_number
-from ..word_vectors.errors import RecipeError
+from ..command_line import exit_code, whole_number
 from ..word_vectors.training import OPTIMIZERS, build_optimizer, moment_bytes
 from .model import Factors
 from .purchases import Batches, Purchases, read_purchases
@@ -27,17 +26,13 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "rec" / "online
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one process of the recipe; return the exit code."""
-    try:
+
+    def run_recipe() -> None:
         options = parse_arguments(arguments)
         with process_group():
             run(options)
-    except RecipeError as error:
-        print(f"recommender: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("recommender: stopped.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("recommender", run_recipe)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

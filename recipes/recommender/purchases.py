@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..word_vectors.errors import RecipeError
+from ..command_line import RecipeError
 
 FILE = "interactions.txt.gz"
 HELD_OUT_SHARE = 10  # one in so many of a customer's items, the last ones, at least one

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from sparseadam.distributed import load_checkpoint, save_checkpoint
 
-from ..word_vectors.errors import RecipeError
+from ..command_line import RecipeError
 from .model import Factors
 from .purchases import Batches, Purchases
 

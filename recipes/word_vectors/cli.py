@@ -4,7 +4,6 @@ import argparse
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..command_line import RecipeError, check_writable, exit_code, whole_number
 from .comparison import WARM_UP_ROUNDS, Comparison, compare_optimizers
 from .corpus import BatchStream, Corpus, read_corpus
-from .errors import RecipeError
 from .model import SkipGram
 from .pictures import draw_neighbourhoods, draw_training
 from .training import OPTIMIZERS, History, build_optimizer, moment_bytes, train
@@ -30,18 +29,14 @@ COMPARISON_SEED_OFFSET = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; return the exit code."""
-    try:
-        run(parse_arguments(arguments))
-    except RecipeError as error:
-        print(f"word_vectors: {error}", file=sys.stderr)
-        return 1
-    except MemoryError:
-        print("word_vectors: not enough memory; pass a smaller --dim or --batch.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("word_vectors: stopped.", file=sys.stderr)
-        return 130
-    return 0
+
+    def run_recipe() -> None:
+        try:
+            run(parse_arguments(arguments))
+        except MemoryError as error:
+            raise RecipeError("not enough memory; pass a smaller --dim or --batch.") from error
+
+    return exit_code("word_vectors", run_recipe)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -121,21 +116,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers in ``[low, high]``, for argparse."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} does not lie in [{low}, {high}]")
-        return value
-
-    return parse
-
-
 def _real(above: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
@@ -161,16 +141,6 @@ def _words(text: str) -> list[str]:
     if not words:
         raise argparse.ArgumentTypeError("no word is given")
     return list(dict.fromkeys(words))
-
-
-def check_writable(directory: Path) -> None:
-    """Create the output directory and prove that a file can be made there, before any work."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise RecipeError(f"cannot write to {directory}: {error.strerror or error}.") from error
 
 
 def choose_words(vocabulary: list[str], asked: list[str] | None) -> list[str]:

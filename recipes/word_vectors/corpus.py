@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RecipeError
+from ..command_line import RecipeError
 
 WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 GZIP_MAGIC = b"\x1f\x8b"

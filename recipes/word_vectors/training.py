@@ -17,8 +17,8 @@ from rich.progress import (
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
+from ..command_line import RecipeError
 from .corpus import Batch
-from .errors import RecipeError
 from .model import SkipGram
 
 OPTIMIZERS = ("sparseadam", "torch")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from .errors import RecipeError
+from ..command_line import RecipeError
 
 FREQUENT_ROWS = 15_000
 FEWEST_JUDGED_PAIRS = 3
