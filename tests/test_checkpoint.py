@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from processes import leave_report, spawn
 from snapshot import bits, snapshot, state_bits
 from torch.nn import Parameter
 
@@ -327,6 +328,21 @@ def test_a_copied_run_goes_on_alike_and_alone(backend: str, copy: Callable[[Any]
     assert snapshot(run.optimizer) == before
     run.steps(3)
     assert snapshot(copied.optimizer) == snapshot(run.optimizer)
+
+
+def look_and_go_on(rank: int, world_size: int, port: int, folder: Path, run: Run) -> None:
+    """Report, as a process that was started with a run, what has come of it, and of two steps more."""
+    torch.set_num_threads(1)
+    passed = snapshot(run.optimizer)
+    leave_report([passed, snapshot(run.steps(2).optimizer)], folder, rank)
+
+
+def test_a_run_is_passed_to_a_process_that_is_started(backend: str, tmp_path: Path) -> None:
+    """PyTorch passes the file descriptors of tensors, which must outlive the pickling."""
+    run = Run(backend).steps(4)
+    (found,) = spawn(look_and_go_on, 1, tmp_path, run)
+    assert found[0]["states"] == snapshot(run.optimizer)["states"]
+    assert found[1]["states"] == snapshot(run.steps(2).optimizer)["states"]
 
 
 def test_a_copied_moment_mapping_stands_apart(backend: str) -> None:

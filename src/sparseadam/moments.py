@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -558,7 +560,22 @@ class Moments(MutableMapping[str, Any]):
         """Copy and pickle what is in use; the index is rebuilt."""
         parts = {key: part.contiguous() if isinstance(part, Tensor) else part for key, part in self.parts().items()}
         parts["rows"] = self.rows.clone()
+        _keep_while_spawning(parts)
         return _rebuild, (self.shape, self.sparse_dim, self.dtype, self.device, self.layout, parts, self.history)
+
+
+_kept_while_spawning: WeakKeyDictionary[object, list[Mapping[str, Any]]] = WeakKeyDictionary()
+
+
+def _keep_while_spawning(parts: Mapping[str, Any]) -> None:
+    """Have what is pickled for a process that is being spawned live until that has begun.
+
+    PyTorch passes it the file descriptors of the tensors' memory, which are closed with the tensors: pickled ones are
+    thought to belong to an object that the caller holds.
+    """
+    process = get_spawning_popen()
+    if process is not None:
+        _kept_while_spawning.setdefault(process, []).append(parts)
 
 
 def _rebuild(
