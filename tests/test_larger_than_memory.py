@@ -287,7 +287,11 @@ def open_with(**options: Any) -> Callable[[Path], Tensor]:
         (open_with(seed=-1), ValueError, "Invalid seed: -1"),
         (open_with(seed=1.5), TypeError, "seed must be an int"),
         (lambda path: memory_mapped(path), FileNotFoundError, "there is no table at .* Pass num_rows and dim"),
-        (lambda path: memory_mapped(path.parent / "no" / "a", 5, 3), FileNotFoundError, "No such file or directory"),
+        (
+            lambda path: memory_mapped(path.parent / "no" / "a", 5, 3),
+            FileNotFoundError,
+            "there is no directory for .*/no/a",
+        ),
         (lambda path: initialize_rows(torch.ones(3), torch.tensor([0])), ValueError, "the table is not in a file"),
         (lambda path: initialize_on_read(nn.Embedding(3, 3)), ValueError, "none of the model's parameters"),
     ],

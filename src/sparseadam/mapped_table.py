@@ -391,8 +391,13 @@ def _create(path: str, about: dict[str, Any]) -> None:
     about_block = _block({**about, "id": uuid.uuid4().hex})
     header[: _HEAD.size] = _HEAD.pack(_MAGIC, _VERSION)
     header[_ABOUT_BEGIN : _ABOUT_BEGIN + len(about_block)] = about_block
-    with naming(path):
+    try:
         fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        raise _validate.missing_place_error(path) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    with naming(path):
         try:
             write_whole(fd, bytes(header))
             os.ftruncate(fd, _num_bytes(about))

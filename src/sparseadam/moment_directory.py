@@ -245,6 +245,8 @@ class MomentDirectory:
             os.mkdir(self.path)
         except FileExistsError:
             pass
+        except FileNotFoundError:
+            raise _validate.missing_place_error(self.path) from None
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with locked(fd, self.path):
             weakref.finalize(self, os.close, os.dup(fd))
