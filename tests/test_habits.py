@@ -191,14 +191,18 @@ def test_groups_may_carry_options_of_other_adams_that_change_nothing(backend: st
     assert_equal_models(model, twin)
 
 
-REFUSED = [{"foreach": True}, {"fused": True}, {"capturable": True}, {"differentiable": True}]
+# Of other optimizers, and of this one as a whole.
+REFUSED = [
+    *({name: True} for name in ("foreach", "fused", "capturable", "differentiable")),
+    *({name: None} for name in ("generator", "moment_dir", "backend", "strict")),
+]
 
 
 @pytest.mark.parametrize("option", REFUSED, ids=str)
 def test_options_that_would_have_to_be_ignored_are_refused_wherever_they_come_in(backend: str, option: Any) -> None:
     model = Model()
     ((name, value),) = option.items()
-    words = f"{name}={value!r} is not supported by SparseAdam"
+    words = rf"{name}(={value!r} is not supported by SparseAdam| is set for a group, and is the whole optimizer's)"
     with pytest.raises(ValueError, match=words):
         SparseAdam([{"params": model.tables, **option}], backend=backend)
     optimizer = SparseAdam([model.users.weight], backend=backend)

@@ -748,6 +748,7 @@ def test_detached_and_copied_models_are_not_caught_up(backend: str) -> None:
             other(*inputs)
             other.state_dict()
         assert snapshot(optimizer) == before
+    assert not any(replay.has_rows_behind(optimizer.state[each.weight]) for each in (model.words, model.tags))
     with pytest.raises(RuntimeError, match="rows that are behind"):
         train(model, optimizer, 20)
 

@@ -610,3 +610,24 @@ def test_numbers_near_the_largest_do_not_become_infinite_by_chance(backend: str,
         assert table.isfinite().all()
     assert (table[:, 0] == largest).all() and (table[:, 1] == -largest).all()
     assert 0.2 < (table[:, 2] == largest).double().mean() < 0.8
+
+
+@pytest.mark.parametrize("way", ["set between steps", "loaded"])
+def test_rounding_is_refused_for_wide_tables_wherever_it_comes_in(backend: str, way: str) -> None:
+    rounded = SparseAdam([Parameter(torch.zeros(4, 2, dtype=torch.bfloat16))], stochastic_rounding=True)
+    table = Parameter(torch.ones(4, 2))
+    optimizer = SparseAdam([table], backend=backend)
+    for _ in range(2):  # the second is a steady step
+        table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
+        optimizer.step()
+    before = snapshot(optimizer)
+    if way == "loaded":
+        with pytest.raises(ValueError, match=r"stochastic_rounding=True for params at indices.*float32"):
+            optimizer.load_state_dict(rounded.state_dict())
+    else:
+        optimizer.param_groups[0].update(stochastic_rounding=True, seed=1)
+        with pytest.raises(ValueError, match=r"stochastic_rounding=True for .*\(float32\): only bfloat16 and float16"):
+            optimizer.step()
+        optimizer.param_groups[0]["stochastic_rounding"] = False
+        del optimizer.param_groups[0]["seed"]
+    assert snapshot(optimizer) == before

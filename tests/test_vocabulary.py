@@ -351,6 +351,15 @@ def test_a_table_of_a_single_number_can_be_forgotten(backend: str) -> None:
         optimizer.forget(scalar, torch.tensor([1]))
 
 
+def test_rows_without_elements_can_be_named_before_their_first_gradient(backend: str) -> None:
+    table = Parameter(torch.zeros(5, 0))
+    optimizer = SparseAdam([table], missed_steps="replay", backend=backend)
+    for call in (optimizer.forget, optimizer.catch_up):
+        call(table, torch.tensor([4]))
+        with pytest.raises(IndexError, match="row 5 is outside the 5 rows"):
+            call(table, torch.tensor([5]))
+
+
 def test_many_rows_are_forgotten_among_many(backend: str) -> None:
     """Enough for reserved pages, and for native code to walk them in many partitions."""
     num_rows = 60_000

@@ -68,6 +68,9 @@ _NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "differentiable": (False, None),
 }
 
+# Arguments of the constructor that are the whole optimizer's; in a group they would be ignored, so they are refused.
+_NO_GROUP_OPTIONS = ("generator", "moment_dir", "backend", "strict")
+
 
 class Place(NamedTuple):
     """Where a parameter stands in an optimizer: its group, for messages, and its position there."""
@@ -339,7 +342,8 @@ def _check_together(options: GroupOptions) -> None:
     if options.seed is None and (options.stochastic_rounding or layout.stored_dtype is not None):
         raise ValueError(
             "seed missing: stochastic rounding needs one, which the optimizer draws when it is built or a group is "
-            "added. Pass stochastic_rounding and moment_dtype there, or set the group's seed too."
+            "added. Pass stochastic_rounding and moment_dtype there. (Later, stochastic_rounding can be set with the "
+            "group's seed; moment_dtype cannot, where moments have been made.)"
         )
 
 
@@ -377,6 +381,12 @@ def _check_neutral(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}={group[name]!r} is not supported by SparseAdam. "
                 f"Remove it from the group, or set it to {neutral[0]!r}."
+            )
+    for name in _NO_GROUP_OPTIONS:
+        if name in group:
+            raise ValueError(
+                f"{name} is set for a group, and is the whole optimizer's. Pass it to SparseAdam itself, or build an "
+                "optimizer of its own for these parameters."
             )
 
 
@@ -449,6 +459,14 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
             f"stochastic_rounding=True for params at indices {', '.join(wide)}: only bfloat16 and float16 tables are "
             "rounded. Leave it at False for the others, in groups of their own."
         )
+
+
+def wide_table_error(place: Place, dtype: torch.dtype) -> ValueError:
+    """Make the error for stochastic rounding that was set, or loaded, for a table that it is not for."""
+    return ValueError(
+        f"stochastic_rounding=True for {place} ({_dtype_text(dtype)}): only bfloat16 and float16 tables are rounded. "
+        "Nothing was changed. Set it to False in that group, or give such tables groups of their own."
+    )
 
 
 def _dtype_text(dtype: torch.dtype) -> str:
@@ -718,7 +736,8 @@ def behind_error(place: Place, rows: Sequence[int]) -> RuntimeError:
         f"the gradient of {place} names rows that are behind, first {named}: missed_steps='replay', and they were not "
         "brought up to date since the last step, so the gradient is that of old weights. Nothing was changed. Call "
         "optimizer.attach(model) before training, which does it whenever nn.Embedding or nn.EmbeddingBag looks rows "
-        "up, or optimizer.catch_up(param, rows) before your own module reads them."
+        "up, or optimizer.catch_up(param, rows) before your own module reads them. Rows that other replicas of a model "
+        "have read, which DistributedDataParallel adds to the gradient: catch up on all of its rows before step()."
     )
 
 
@@ -879,6 +898,13 @@ def missing_table_error(path: str) -> FileNotFoundError:
     """Make the error for a table that is to be opened and is not there."""
     return FileNotFoundError(
         errno.ENOENT, f"there is no table at {path!r}. Pass num_rows and dim to create one, or correct the path"
+    )
+
+
+def missing_place_error(path: str) -> FileNotFoundError:
+    """Make the error for a file or directory that is to be made in a directory that is not there."""
+    return FileNotFoundError(
+        errno.ENOENT, f"there is no directory for {path!r} to be made in. Make {os.path.dirname(path)!r} first"
     )
 
 

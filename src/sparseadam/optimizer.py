@@ -89,7 +89,7 @@ class SparseAdam(torch.optim.Optimizer):
     Args:
         params: tables to optimize, named tables, or dicts that define parameter groups. Strided, real floating point
             (float32, float64, bfloat16, float16) tensors of any shape. Groups may set every option for themselves
-            but ``generator``, ``backend`` and ``strict``.
+            but ``generator``, ``moment_dir``, ``backend`` and ``strict``.
         lr: learning rate, a number or a one-element tensor, read at each step; in (0, inf). A group or a scheduler
             may set it to 0: rows then keep their place while moments and step go on.
         betas: decay rates of the two moments, each in [0, 1).
@@ -533,6 +533,8 @@ class SparseAdam(torch.optim.Optimizer):
                     dense_updates.append(self._check_dense(table, grad, place, options[group_index]))
                     continue
                 check_gradient(table, grad, place)
+                if options[group_index].stochastic_rounding and table.dtype not in _validate.HALF_DTYPES:
+                    raise _validate.wide_table_error(place, table.dtype)
                 indices, values = grad._indices(), grad._values()
                 sparse_dim, num_lookups = indices.shape
                 moments = self._fitting_moments(table, sparse_dim, place, options[group_index])
@@ -615,7 +617,7 @@ class SparseAdam(torch.optim.Optimizer):
             model: the module that reads the tables, or one that contains it.
 
         Returns:
-            A handle; its ``remove()`` detaches the model. It is a context manager as well.
+            A handle; its ``remove()`` calls :meth:`flush` and detaches the model. It is a context manager as well.
         """
         replaying = [group for group in self.param_groups if group["missed_steps"] == "replay"]
         tables = [table for group in replaying for table in group["params"]]
@@ -635,7 +637,8 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: ``param`` is not this optimizer's, or an option of its group has been set outside its range.
             TypeError: ``rows`` is not an int64 tensor of one dimension.
-            IndexError: a row outside the table. Nothing has been changed.
+            IndexError: a row outside the table. Nothing has been changed. Before the first gradient, which tells how
+                many dimensions of the table name a row, only numbers beyond its elements are known to be outside.
             RuntimeError: the table has another shape than its moments were made for, or cannot be updated by the
                 backend that was named. Nothing has been changed.
         """
@@ -727,7 +730,7 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: ``param`` is not this optimizer's.
             TypeError: ``rows`` is not an int64 tensor of one dimension.
-            IndexError: a row outside the table.
+            IndexError: a row outside the table; before its first gradient, one beyond its elements.
         """
         place = self._place_of(param)
         options = _validate.check_group(place.group, place.group_index)
@@ -921,6 +924,7 @@ class SparseAdam(torch.optim.Optimizer):
             groups.append(checkpoint.read_group(saved, group, self.defaults))
             self._draw_seed(groups[-1])
             _validate.check_group(groups[-1], group_index)
+        _validate.check_parameters(groups)
         return groups
 
     def _read_states(
@@ -963,7 +967,8 @@ def _most_rows(table: Tensor, kept: Moments | Mapping[str, Any] | None) -> int:
     """
     if isinstance(kept, Moments):
         return kept.num_rows
-    return len(table) if kept and table.dim() > 0 else table.numel()
+    num_leading = len(table) if table.dim() > 0 else 1
+    return num_leading if kept else max(num_leading, table.numel())
 
 
 def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:

@@ -35,12 +35,16 @@ class AnnouncesReads(Protocol):
 class Hooks:
     """Hooks of the modules of a model; ``remove()``, or leaving it as a context, takes them off."""
 
-    def __init__(self, handles: list[Removable]) -> None:
-        """Hold the handles of what was hooked."""
+    def __init__(self, handles: list[Removable], at_end: Callable[[], None] | None = None) -> None:
+        """Hold the handles of what was hooked, and what is to be done before they are taken off."""
         self._handles = handles
+        self._at_end = at_end
 
     def remove(self) -> None:
         """Take all hooks off; a second call does nothing."""
+        if self._at_end is not None:
+            self._at_end()
+            self._at_end = None
         for handle in self._handles:
             handle.remove()
         self._handles = []

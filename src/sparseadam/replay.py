@@ -87,7 +87,8 @@ def attach(
         model: the module and all that it consists of.
         tables: the parameters that may be behind.
         catch_up: called with a table and rows of it, before they are read.
-        flush: called before whole tables are read or replaced: saved, or loaded.
+        flush: called before whole tables are read or replaced: saved, or loaded; and before the hooks are taken off,
+            for nobody brings rows up to date from then on.
     """
     tables = list(tables)
     handles: list[Removable] = [before_reading(model, tables, catch_up)]
@@ -97,4 +98,4 @@ def attach(
             hook = Hook(lambda *_: flush())
             handles.append(module.register_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
             handles.append(module.register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
-    return Hooks(handles)
+    return Hooks(handles, at_end=flush)
