@@ -19,9 +19,10 @@ from conftest import BACKENDS
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import sparseadam
-from sparseadam import SparseAdam
+from sparseadam import SparseAdam, update
 from sparseadam.update import native
 
 needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="this installation has no native module")
@@ -599,6 +600,28 @@ def test_step_hooks_see_and_change_the_step(backend: str) -> None:
     assert torch.equal(after[0], twin.users.weight)
 
 
+HOOKS: dict[str, Callable[[SparseAdam, Callable[..., None]], Any]] = {
+    "before": lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+    "after": lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+    "before, of all optimizers": lambda _, hook: register_optimizer_step_pre_hook(hook),
+    "after, of all optimizers": lambda _, hook: register_optimizer_step_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_of_any_kind_runs_where_there_is_no_other(kind: str) -> None:
+    """Each kind is looked for by itself; with one of another kind beside it, nobody would see that it is not."""
+    model, calls = Model(), []
+    optimizer = SparseAdam(model.tables)
+    handle = HOOKS[kind](optimizer, lambda *_: calls.append(kind))
+    try:
+        train(model, optimizer, range(2))
+    finally:
+        handle.remove()
+    train(model, optimizer, range(2))
+    assert calls == [kind] * 2
+
+
 @pytest.mark.parametrize("wraps", [lambda step: step, functools.wraps(SparseAdam.step)], ids=["plain", "wraps"])
 def test_hooks_run_once_for_a_subclass_with_a_step_of_its_own(backend: str, wraps: Callable[[Any], Any]) -> None:
     class Own(SparseAdam):
@@ -824,6 +847,30 @@ def test_a_copy_of_the_native_backend_goes_on_refusing(duplicate: Any) -> None:
     table.grad = sparse_ones(table, 1)
     with pytest.raises(RuntimeError, match='backend="native" cannot update'):
         optimizer.step()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@each_way_to_copy
+def test_a_copy_looks_at_row_numbers_as_strictly(
+    duplicate: Any, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that means shows on a CUDA device only; here, what backends are told."""
+    told = []
+    monkeypatch.setattr(update, "update_rows", lambda *_, strict: told.append(strict))
+    optimizer = duplicate(SparseAdam([nn.Parameter(torch.zeros(5, 2))], strict=strict))
+    (table,) = optimizer.param_groups[0]["params"]
+    table.grad = sparse_ones(table, 1)
+    optimizer.step()
+    assert told == [strict]
+
+
+@each_way_to_copy
+def test_a_group_added_to_a_copy_has_the_seed_of_the_others(duplicate: Any) -> None:
+    options = {"moment_dtype": torch.bfloat16}
+    optimizer = SparseAdam([new_table()], generator=torch.Generator().manual_seed(3), **options)
+    copied = duplicate(optimizer)
+    copied.add_param_group({"params": [new_table()]})
+    assert copied.param_groups[1]["seed"] == optimizer.param_groups[0]["seed"]
 
 
 # State --------------------------------------------------------------------------------------------
