@@ -1010,6 +1010,23 @@ def test_tables_of_no_group_are_no_longer_committed(tmp_path: Path, monkeypatch:
         each.checkpoint()
 
 
+def test_a_group_that_cannot_be_committed_is_not_added(tmp_path: Path) -> None:
+    """Whatever the reason: here a table that has other memory than it had, which is found as all is committed anew."""
+    tables = [nn.Parameter(memory_mapped(tmp_path / f"{name}.table", 6, 2)) for name in "ab"]
+    optimizer = SparseAdam([tables[0]], moment_dir=tmp_path / "moments")
+    mapped = tables[0].data
+    tables[0].data = mapped.clone()
+    with pytest.raises(RuntimeError, match="has other memory than when the optimizer was built"):
+        optimizer.add_param_group({"params": [tables[1]]})
+    assert len(optimizer.param_groups) == 1
+    tables[0].data = mapped
+    optimizer.add_param_group({"params": [tables[1]]})
+    for table in tables:
+        table.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 2), table.shape, check_invariants=True)
+    optimizer.step()
+    optimizer.checkpoint()
+
+
 def test_a_damaged_note_of_the_moments_is_no_reason_to_leave_rows_as_they_are(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.optimizer.checkpoint()

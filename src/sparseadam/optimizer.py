@@ -286,6 +286,8 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: an option outside its range or not supported, or a table that is sparse, complex or integer.
             TypeError: an option of the wrong type.
+            RuntimeError: there is a ``moment_dir``, and :meth:`checkpoint` would raise one. No group is added.
+            OSError: the disk could not take the commit.
         """
         super().add_param_group(param_group)
         group_index = len(self.param_groups) - 1
@@ -298,7 +300,7 @@ class SparseAdam(torch.optim.Optimizer):
                 if self._directory is not None:
                     kept = self._all_kept()
                     self._directory.add([each for each in kept if each.place.group_index == group_index], kept)
-        except (TypeError, ValueError, OSError):
+        except BaseException:  # what keeps it from being committed, too, and a KeyboardInterrupt
             del self.param_groups[-1]
             raise
 
