@@ -628,6 +628,60 @@ def test_what_no_commit_names_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "moments").iterdir()) == names
 
 
+def test_what_cannot_be_removed_now_is_removed_by_the_next_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tmp_path)
+    training.step(2)
+
+    def refused(path: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        training.optimizer.checkpoint()
+    training.step(1)
+    training.optimizer.checkpoint()
+    names = sorted(path.name for path in (tmp_path / "moments").iterdir())
+    assert names == ["commit.json", "moments-1", "undo-2.log", "values-2.pt"]
+    del training
+    assert Training(tmp_path).everything() == in_memory(3)
+
+
+def test_what_was_taken_back_is_on_the_disk_before_its_log_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power failure would leave what the log has no more: killed processes, whose stores stay, do not show it."""
+    training = Training(tmp_path)
+    training.step(2)
+    training.optimizer.checkpoint()
+    training.step(1)
+    del training
+    gc.collect()
+    calls: list[str] = []
+    fsync, unlink, opened = os.fsync, os.unlink, os.open
+
+    def note_sync(fd: int) -> None:
+        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
+        fsync(fd)
+
+    def note_unlink(path: str) -> None:
+        calls.append(f"remove {Path(path).name}")
+        unlink(path)
+
+    def note_open(path: str, flags: int, *rest: Any) -> int:
+        if flags & os.O_TRUNC:
+            calls.append(f"remove {Path(path).name}")
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "unlink", note_unlink)
+    monkeypatch.setattr(os, "open", note_open)
+    Training(tmp_path)
+    gone = calls.index("remove undo-1.log")
+    assert {"sync a.table", "sync rows", "sync moments", "sync commit.json.new"} <= set(calls[:gone])
+
+
 def test_rounding_goes_on_with_the_seed_of_the_commit(tmp_path: Path) -> None:
     def build(seed: int, moment_dir: Path | None) -> SparseAdam:
         generator = torch.Generator().manual_seed(seed)
