@@ -680,6 +680,9 @@ MISFITS: dict[str, tuple[Change, str]] = {
         put(exp_avg=lambda m: m.to_sparse()),
         r"exp_avg .*torch\.sparse_coo.*, a strided tensor expected",
     ),
+    "num_skipped negative": (put(num_skipped=-1), "num_skipped is -1, an int of at least 0 expected"),
+    "num_skipped a float": (put(num_skipped=2.0), r"num_skipped is 2\.0, an int of at least 0 expected"),
+    "num_skipped a flag": (put(num_skipped=True), "num_skipped is True, an int of at least 0 expected"),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from snapshot import snapshot
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
@@ -851,9 +852,7 @@ def test_a_copy_of_the_native_backend_goes_on_refusing(duplicate: Any) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 @each_way_to_copy
-def test_a_copy_looks_at_row_numbers_as_strictly(
-    duplicate: Any, strict: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_looks_at_row_numbers_as_strictly(duplicate: Any, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What that means shows on a CUDA device only; here, what backends are told."""
     told = []
     monkeypatch.setattr(update, "update_rows", lambda *_, strict: told.append(strict))
@@ -895,6 +894,30 @@ def test_the_state_of_a_table_is_a_mapping(backend: str) -> None:
         state["nothing"]
     assert [value if key == "step" else tuple(value.shape) for key, value in state.items()] == [1, (2,), (2, 3), (2, 3)]
     assert [len(value) for value in optimizer.state.values()] == [4]
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "words"),
+    [
+        (lambda state: state.update(exp_avg=torch.ones(3)), ValueError, r"exp_avg has shape \[2, 3\], got \[3\]"),
+        (lambda state: state.update(exp_avg_sq=torch.ones(2, 1)), ValueError, r"exp_avg_sq has shape \[2, 3\], got"),
+        (lambda state: state.update(rows=torch.tensor([1, 5])), ValueError, "rows cannot be reassigned"),
+        (lambda state: state.update(row_steps=torch.ones(2)), KeyError, "row_steps"),
+        (lambda state: state.pop("exp_avg"), TypeError, "exp_avg cannot be removed"),
+    ],
+    ids=["a shape that spreads", "another shape that does", "other rows", "a part that is not kept", "removing"],
+)
+def test_what_a_state_cannot_be_is_not_written_to_it(
+    backend: str, write: Callable[[Any], Any], error: type[Exception], words: str
+) -> None:
+    table = nn.Parameter(torch.randn(6, 3))
+    optimizer = SparseAdam([table], backend=backend)
+    table.grad = sparse_ones(table, 4, 1)
+    optimizer.step()
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=words):
+        write(optimizer.state[table])
+    assert snapshot(optimizer) == before
 
 
 def test_moving_every_tensor_of_the_state_to_a_device_changes_nothing(backend: str) -> None:
