@@ -617,6 +617,22 @@ def test_a_dense_gradient_that_is_not_finite_is_refused_where_asked(backend: str
     assert snapshot(run.optimizer) == snapshot(twin.optimizer)
 
 
+@pytest.mark.parametrize("position", range(3))
+def test_a_steady_step_looks_at_every_dense_gradient(backend: str, position: int) -> None:
+    parameters = [Parameter(torch.ones(4)) for _ in range(3)]
+    optimizer = dense_adam(parameters, nonfinite="error", backend=backend)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.ones(4)
+        optimizer.step()
+    assert parameters[position].grad is not None
+    parameters[position].grad[2] = float("nan")
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"group 0, parameter {position} is not finite, first at \[2\]"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
 def test_finite_gradients_whose_sum_is_not_are_let_pass(backend: str) -> None:
     parameter = Parameter(torch.ones(4, dtype=torch.float16))
     optimizer = dense_adam([parameter], nonfinite="error", backend=backend)

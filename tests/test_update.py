@@ -258,6 +258,16 @@ def test_a_table_whose_rows_share_memory_is_refused(
     assert (memory == 1).all()
 
 
+def test_a_dimension_of_one_shares_no_memory_whatever_its_stride(backend: str) -> None:
+    memory = torch.ones(40)
+    table = torch.nn.Parameter(memory.as_strided((5, 1, 4), (8, 2, 1)))
+    assert not table.is_contiguous()
+    optimizer = SparseAdam([table], backend=backend)
+    table.grad = torch.sparse_coo_tensor([[2]], torch.ones(1, 1, 4), table.shape, check_invariants=True)
+    optimizer.step()
+    assert (memory != 1).nonzero()[:, 0].tolist() == [16, 17, 18, 19]
+
+
 @pytest.mark.parametrize("is_first_step", [True, False])
 def test_tables_on_one_memory_are_updated_in_their_order(backend: str, is_first_step: bool) -> None:
     """Also where rows are new to the first of them and known to the second."""
