@@ -1000,27 +1000,6 @@ def test_the_count_of_skipped_rows_goes_on_when_gradients_name_elements(backend:
     assert optimizer.state[table]["num_skipped"] == 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"weight_decay": 0.1, "weight_decay_mode": "exact"}, {"missed_steps": "replay"}],
-    ids=["exact decay", "replay"],
-)
-def test_a_step_without_lookups_counts_whatever_names_rows_in_the_next(backend: str, options: dict[str, Any]) -> None:
-    """What is kept of whole rows cannot be regrouped, but there is none yet: only what the table owes and has missed."""
-    runs = []
-    for sparse_dim in (1, 2):
-        table = Parameter(torch.ones(5, 2))
-        optimizer = SparseAdam([table], backend=backend, **options)
-        none = torch.empty(sparse_dim, 0, dtype=torch.int64), torch.empty(0, *table.shape[sparse_dim:])
-        table.grad = torch.sparse_coo_tensor(*none, table.shape, check_invariants=True)
-        optimizer.step()
-        table.grad = torch.sparse_coo_tensor([[4], [1]], [1.0], table.shape, check_invariants=True)
-        optimizer.step()
-        optimizer.flush()
-        runs.append(snapshot(optimizer))
-    assert runs[0] == runs[1]
-
-
 def test_skip_finds_bad_rows_in_large_steps_as_an_empty_gradient_would(backend: str) -> None:
     """Many rows, some bad, some new, on several threads."""
     torch.set_num_threads(2)

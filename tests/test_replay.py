@@ -962,6 +962,21 @@ def test_a_dense_gradient_wants_the_whole_table_up_to_date(backend: str) -> None
     torch.testing.assert_close(setting.table, dense)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_dense_gradient_wants_rows_that_only_decay_up_to_date_too(backend: str, weight_decay: float) -> None:
+    """All rows that were ever touched are; the others have missed the decay, where there is one."""
+    setting = behind(backend, weight_decay=weight_decay, dense_gradients="adam")
+    setting.optimizer.catch_up(setting.table, torch.arange(10))
+    setting.table.grad = torch.ones(20, 6)
+    if weight_decay == 0.0:
+        setting.optimizer.step()
+        return
+    before = snapshot(setting.optimizer)
+    with pytest.raises(RuntimeError, match="is dense, and rows of it are behind"):
+        setting.optimizer.step()
+    assert snapshot(setting.optimizer) == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_tables_are_rounded_once_each_time(backend: str, dtype: torch.dtype) -> None:
     """Of a row that starts at zero, so that a weight's own size does not hide how far it moves."""
@@ -1000,6 +1015,38 @@ def test_small_moves_of_half_precision_weights_add_up_where_rounding_is_stochast
     assert moved[False] == 0.0
     # The spacing below 1 is 2**-8, so the mean of 4096 weights spreads by less than 2**-8 / 64.
     assert moved[True] == pytest.approx(exact, abs=4 * 2**-8 / 64)
+
+
+def test_a_step_without_lookups_is_missed_by_whatever_the_next_one_names(backend: str) -> None:
+    """Rows cannot be regrouped while they have moments; until then, steps are counted on."""
+    runs = []
+    for sparse_dim in (1, 2):
+        table = nn.Parameter(torch.ones(5, 2))
+        optimizer = SparseAdam([table], missed_steps="replay", backend=backend)
+        none = torch.empty(sparse_dim, 0, dtype=torch.int64), torch.empty(0, *table.shape[sparse_dim:])
+        table.grad = torch.sparse_coo_tensor(*none, table.shape, check_invariants=True)
+        optimizer.step()
+        table.grad = torch.sparse_coo_tensor([[4], [1]], [1.0], table.shape, check_invariants=True)
+        optimizer.step()
+        optimizer.flush()
+        runs.append(snapshot(optimizer))
+    assert runs[0] == runs[1]
+
+
+def test_another_seed_rounds_otherwise_what_rows_have_missed(backend: str) -> None:
+    """Of rows that were touched, and of those that weight decay alone moves."""
+    weights = []
+    for seed in (1, 2, 1):
+        table = nn.Parameter(torch.full((4, 256), 1.0, dtype=torch.bfloat16))
+        generator = torch.Generator().manual_seed(seed)
+        options = {"weight_decay": 0.1, "missed_steps": "replay", "stochastic_rounding": True}
+        optimizer = SparseAdam([table], lr=0.01, generator=generator, backend=backend, **options)
+        give_gradient(table, torch.tensor([1]), torch.ones(1, 256))
+        optimizer.step()
+        optimizer.flush()
+        weights.append(table.detach().clone())
+    assert torch.equal(weights[0], weights[2])
+    assert (weights[0] != weights[1]).any(dim=1).all()
 
 
 def test_a_long_history_ends_by_itself(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
