@@ -26,7 +26,15 @@ from snapshot import bits, snapshot
 from torch import Tensor, nn
 
 import sparseadam
-from sparseadam import SparseAdam, initialize_on_read, initialize_rows, memory_mapped, moment_directory
+from sparseadam import (
+    SparseAdam,
+    initialize_on_read,
+    initialize_rows,
+    mapped_table,
+    memory_mapped,
+    moment_directory,
+    replay,
+)
 from sparseadam._mapped_file import Bits
 from sparseadam.bench.control_group import limited_memory
 from sparseadam.bench.errors import BenchError
@@ -773,6 +781,27 @@ def test_a_step_without_room_on_the_disk_changes_nothing(tmp_path: Path, monkeyp
     assert Training(tmp_path).everything() == in_memory(2)
 
 
+def test_a_history_that_the_disk_has_no_room_to_end_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is taken when all rows are to be brought up to date after it, so it is none that failed."""
+    options = {"missed_steps": "replay", "weight_decay": 0.1}
+    monkeypatch.setattr(replay, "_MAX_STEPS", 4)
+    monkeypatch.setattr(replay, "_ROWS_A_STEP", NUM_ROWS)
+    files, memory = Training(tmp_path, options), Training(None, options)
+    files.step(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAdam, "_before_writing_all", full_disk)
+        files.step(2)
+    state = files.optimizer.state[files.table]
+    assert (state.step, state.history.num_steps) == (5, 5)
+    files.step(1)
+    assert state.history.num_steps == 0
+    monkeypatch.setattr(replay, "_MAX_STEPS", 6)
+    memory.step(6)
+    files.optimizer.flush()
+    memory.optimizer.flush()
+    assert files.everything() == memory.everything()
+
+
 def test_rows_that_the_disk_has_no_room_for_are_not_initialized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1062,6 +1091,31 @@ def test_tables_of_no_group_are_no_longer_committed(tmp_path: Path, monkeypatch:
             table.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 2), table.shape, check_invariants=True)
         each.step()
         each.checkpoint()
+
+
+def test_a_table_that_was_committed_but_not_told_so_is_told_when_the_directory_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the first process ends between the two; rows that are written after must be taken back as any others."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(mapped_table.MappedTable, "pair", full_disk)
+        Training(tmp_path)
+    gc.collect()
+    training = Training(tmp_path)
+    training.step(1)
+    del training
+    gc.collect()
+    table = memory_mapped(tmp_path / "a.table")
+    initialize_rows(table, torch.arange(NUM_ROWS))
+    assert torch.equal(table, Init(*INIT, seed=3).values(torch.arange(NUM_ROWS), DIM, torch.float32))
+
+
+def test_a_table_that_has_its_moments_in_files_is_not_added_to_an_optimizer_without_them(tmp_path: Path) -> None:
+    trained(tmp_path)
+    optimizer = SparseAdam([nn.Parameter(torch.zeros(3, 2))])
+    with pytest.raises(ValueError, match=r"is committed together with the moments in .* Pass moment_dir="):
+        optimizer.add_param_group({"params": [nn.Parameter(memory_mapped(tmp_path / "a.table"))]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_a_group_that_cannot_be_committed_is_not_added(tmp_path: Path) -> None:
