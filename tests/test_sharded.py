@@ -231,6 +231,7 @@ def work(rank: int, world_size: int, port: int, folder: Path, checkpoints: Path)
         "errors": collect_errors(rank),
         "two names": save_under_two_names(folder),
         "copy": read_a_copy(rank),
+        "skipped": count_skipped(folder / "skipped"),
     }
     leave_report(report, folder, rank)
     dist.destroy_process_group()
@@ -414,6 +415,20 @@ def read_a_copy(rank: int) -> dict[str, Any]:
         table = deepcopy(table)
     table(torch.tensor([rank]))
     return {"is_left_alone": torch.equal(copied.weight.detach(), behind), "num_hooks": len(copied._read_hooks)}
+
+
+def count_skipped(folder: Path) -> int:
+    """Skip a row on each rank, twice, with a checkpoint after each; return how many are counted here in the end."""
+    for step in (1, 2, None):
+        table = ShardedEmbedding(10, 2)
+        optimizer = SparseAdam(table.parameters(), nonfinite="skip")
+        load_checkpoint(folder, table, optimizer)
+        if step is not None:
+            values = torch.tensor([[math.nan, 1.0]])
+            table.weight.grad = torch.sparse_coo_tensor([[0]], values, table.weight.shape, check_invariants=True)
+            optimizer.step()
+            save_checkpoint(folder, step, table, optimizer)
+    return optimizer.state[table.weight].get("num_skipped", 0)
 
 
 def said(attempt: Callable[[], Any]) -> str:
@@ -671,6 +686,11 @@ def test_a_file_holds_touched_rows_only_and_each_once(all_reports: dict[int, lis
     assert len(saved["model.words.weight"].chunks) == 4
     assert saved["optim.state.0.exp_avg"].size == torch.Size([num_touched, 3])
     assert [tuple(chunk.sizes) for chunk in saved["model.places.weight"].chunks] == [(2, 3), (2, 3), (1, 3)]
+
+
+def test_skipped_rows_of_all_ranks_are_counted_once_in_a_checkpoint(reports: list[dict[str, Any]]) -> None:
+    """The rank of the first row goes on counting for all."""
+    assert [report["skipped"] for report in reports] == [2 * len(reports), *[0] * (len(reports) - 1)]
 
 
 def test_one_process_saves_and_loads(tmp_path: Path) -> None:
