@@ -656,38 +656,63 @@ def test_what_cannot_be_removed_now_is_removed_by_the_next_commit(
     assert Training(tmp_path).everything() == in_memory(3)
 
 
+def note_calls(monkeypatch: pytest.MonkeyPatch, place: Path) -> list[str]:
+    """Note what of a place is synced from now on, replaced, or gone: removed, or opened to be written anew."""
+    calls: list[str] = []
+    fsync, replace, unlink, opened = os.fsync, os.replace, os.unlink, os.open
+
+    def note_sync(fd: int) -> None:
+        calls.append(f"sync {os.path.relpath(os.readlink(f'/proc/self/fd/{fd}'), place)}")
+        fsync(fd)
+
+    def note_replace(source: str, target: str) -> None:
+        calls.append(f"replace {os.path.relpath(target, place)}")
+        replace(source, target)
+
+    def note_unlink(path: str) -> None:
+        calls.append(f"gone {os.path.relpath(path, place)}")
+        unlink(path)
+
+    def note_open(path: str, flags: int, *rest: Any) -> int:
+        if flags & os.O_TRUNC:
+            calls.append(f"gone {os.path.relpath(path, place)}")
+        return opened(path, flags, *rest)
+
+    for name, noting in {"fsync": note_sync, "replace": note_replace, "unlink": note_unlink, "open": note_open}.items():
+        monkeypatch.setattr(os, name, noting)
+    return calls
+
+
+# Killed processes do not show the following two, since what they stored stays in the system's memory.
+
+
+def test_all_of_a_commit_is_on_the_disk_before_it_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(tmp_path)
+    training.step(2)
+    calls = note_calls(monkeypatch, tmp_path)
+    training.optimizer.checkpoint()
+    at = calls.index("replace moments/commit.json")
+    moments = {f"moments/{name}" for name in ("moments-1/rows", "moments-1/moments", "moments-1", "values-1.pt")}
+    others = {"a.table", "moments/undo-1.log", "moments/commit.json.new"}
+    assert {f"sync {name}" for name in moments | others} <= set(calls[:at])
+    assert calls[at + 1] == "sync moments"
+    assert set(calls[at + 2 :]) == {"gone moments/undo-0.log", "gone moments/values-0.pt"}
+
+
 def test_what_was_taken_back_is_on_the_disk_before_its_log_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a power failure would leave what the log has no more: killed processes, whose stores stay, do not show it."""
     training = Training(tmp_path)
     training.step(2)
     training.optimizer.checkpoint()
     training.step(1)
     del training
     gc.collect()
-    calls: list[str] = []
-    fsync, unlink, opened = os.fsync, os.unlink, os.open
-
-    def note_sync(fd: int) -> None:
-        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
-        fsync(fd)
-
-    def note_unlink(path: str) -> None:
-        calls.append(f"remove {Path(path).name}")
-        unlink(path)
-
-    def note_open(path: str, flags: int, *rest: Any) -> int:
-        if flags & os.O_TRUNC:
-            calls.append(f"remove {Path(path).name}")
-        return opened(path, flags, *rest)
-
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(os, "unlink", note_unlink)
-    monkeypatch.setattr(os, "open", note_open)
+    calls = note_calls(monkeypatch, tmp_path)
     Training(tmp_path)
-    gone = calls.index("remove undo-1.log")
-    assert {"sync a.table", "sync rows", "sync moments", "sync commit.json.new"} <= set(calls[:gone])
+    at = calls.index("gone moments/undo-1.log")
+    taken_back = {"a.table", "moments/moments-1/rows", "moments/moments-1/moments"}
+    assert {f"sync {name}" for name in {*taken_back, "moments"}} <= set(calls[:at])
 
 
 def test_rounding_goes_on_with_the_seed_of_the_commit(tmp_path: Path) -> None:
