@@ -73,12 +73,8 @@ class Hook:
         """Be called by the module."""
         self._function(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        """Return what stands in the copied module."""
-        return _hook_of_a_copy()
-
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        """Pickle as what stands in the copied module."""
+        """Copy and pickle as what stands in the copied module."""
         return _hook_of_a_copy, ()
 
 
