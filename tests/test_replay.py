@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 from snapshot import bits, snapshot
 from torch import Tensor, nn
 
-from sparseadam import SparseAdam, replay
+from sparseadam import SparseAdam, _memory, replay
 from sparseadam.update import native
 
 Array = npt.NDArray[np.float64]
@@ -638,6 +638,34 @@ def test_wrong_rows_and_parameters_are_refused_and_move_nothing(backend: str) ->
     with pytest.raises(ValueError, match="is not one of this optimizer's"):
         setting.optimizer.catch_up(torch.zeros(20, 6), torch.tensor([4]))
     assert snapshot(setting.optimizer) == before
+
+
+@pytest.mark.parametrize("missed_steps", ["skip", "replay"])
+def test_rows_outside_are_refused_where_none_can_be_behind_too(backend: str, missed_steps: str) -> None:
+    """Also before the first step, when it is not known yet whether rows are of one dimension or of two."""
+    table = nn.Parameter(torch.zeros(5, 2))
+    optimizer = SparseAdam([table], missed_steps=missed_steps, backend=backend)
+    optimizer.catch_up(table, torch.tensor([4, 9]))
+    with pytest.raises(IndexError, match="row 10 is outside the 10 rows of group 0, parameter 0"):
+        optimizer.catch_up(table, torch.tensor([4, 10]))
+    give_gradient(table, torch.tensor([1]), torch.ones(1, 2))
+    optimizer.step()
+    optimizer.catch_up(table, torch.tensor([4]))
+    with pytest.raises(IndexError, match="row 5 is outside the 5 rows of group 0, parameter 0"):
+        optimizer.catch_up(table, torch.tensor([4, 5]))
+
+
+def test_moments_that_grow_have_room_for_rows_that_only_decay(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where address space cannot be reserved: such a row gets a slot when it is read, not when it is stepped."""
+    settings = []
+    for memory in (_memory.ReservedMemory, lambda rows, parts: _memory.GrowingMemory(rows, parts, torch.device("cpu"))):
+        monkeypatch.setattr(_memory, "ReservedMemory", memory)
+        setting = behind(backend, weight_decay=0.1)
+        setting.optimizer.catch_up(setting.table, torch.arange(19, 3, -1))
+        settings.append(setting)
+    reserved, growing = settings
+    assert isinstance(growing.optimizer.state[growing.table].memory, _memory.GrowingMemory)
+    assert snapshot(growing.optimizer) == snapshot(reserved.optimizer)
 
 
 @needs_native
