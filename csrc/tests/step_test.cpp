@@ -1,6 +1,6 @@
 // The native step without Python: what the thread sanitizer and callgrind can look at.
 //
-//   step_test threads          the same bits for any number of threads and any instruction set; steps of several
+//   step_test threads          the same bits for any number of threads and any instruction set, with any options; steps of several
 //                              threads at once; a bad index changes nothing; rows that catch up; a team's phases
 //                              follow one another
 //   step_test cases            the fixed calls whose instructions are counted, a line "CASE SET" each
@@ -27,6 +27,7 @@
 #include "../catch_up.h"
 #include "../element.h"
 #include "../found_rows.h"
+#include "../rounding.h"
 // Included, not linked: after a step that was held up, as most are under a sanitizer, the team takes the next ones
 // alone. The tests reach in to forget that, or nearly all of them would run on one thread.
 #include "../thread_team.cpp"
@@ -70,6 +71,9 @@ using Bytes = std::vector<unsigned char>;
 
 enum class Draw { kUniform, kZipf };
 
+// What a table has beside the moments of plain rows.
+enum Option { kRowSecond = 1, kAmsgrad = 2, kRowSteps = 4, kOwesDecay = 8, kStochasticRounding = 16 };
+
 struct TableSpec {
   const char* name;
   ElementType element;
@@ -78,6 +82,9 @@ struct TableSpec {
   int64_t num_lookups;
   Draw draw = Draw::kZipf;
   bool wide_slots = false;
+  MomentType type = MomentType::kOwn;
+  int options = 0;
+  bool has(Option option) const { return (options & option) != 0; }
 };
 
 int64_t num_rows_of(const TableSpec& spec) {
@@ -87,6 +94,18 @@ int64_t num_rows_of(const TableSpec& spec) {
 }
 
 size_t moment_size(ElementType element) { return static_cast<size_t>(moment_bytes(element)); }
+
+// Bytes of an element of a table's moments as they are stored.
+size_t stored_size(const TableSpec& spec) {
+  switch (spec.type) {
+    case MomentType::kBFloat16:
+      return sizeof(BFloat16);
+    case MomentType::kCode8:
+      return 1;
+    default:
+      return moment_size(spec.element);
+  }
+}
 
 template <class Element, class Moment>
 void fill_with(Bytes& to, Random& random) {
@@ -122,26 +141,56 @@ Bytes random_elements(ElementType element, int64_t count, Random& random) {
 struct TableData {
   TableSpec spec;
   Bytes table;
-  Bytes moments;  // [num_rows, 2, width]
+  Bytes moments;              // [num_rows, moments_a_slot(), width]
+  Bytes row_seconds;          // [num_rows, 1, or 2 with the largest ones]
+  std::vector<float> scales;  // [num_rows, 1 or 2, blocks]
+  std::vector<int32_t> row_steps;
+  std::vector<double> paid_log_decay;
   Bytes slot_of_row;
   std::vector<int64_t> rows;
+  int64_t num_steps = 0;
   int64_t num_slots = 0;
+  int64_t num_skipped = 0;
+  double log_decay = 0.0;
 
   TableData(const TableSpec& of, uint64_t seed) : spec(of) {
     Random random(seed);
     const int64_t num_rows = num_rows_of(spec);
+    const auto slots = static_cast<size_t>(num_rows);
     table = random_elements(spec.element, num_rows * spec.width, random);
-    moments.resize(static_cast<size_t>(num_rows * 2 * spec.width) * moment_size(spec.element));
-    slot_of_row.resize(static_cast<size_t>(num_rows) * (spec.wide_slots ? sizeof(int64_t) : sizeof(int32_t)));
-    rows.resize(static_cast<size_t>(num_rows), -1);
+    moments.resize(static_cast<size_t>(num_rows * moments_a_slot() * spec.width) * stored_size(spec));
+    if (spec.has(kRowSecond)) row_seconds.resize(slots * seconds_a_slot() * moment_size(spec.element));
+    if (spec.type == MomentType::kCode8) scales.resize(slots * static_cast<size_t>(scales_a_slot()));
+    if (spec.has(kRowSteps)) row_steps.resize(slots);
+    if (spec.has(kOwesDecay)) paid_log_decay.resize(slots);
+    slot_of_row.resize(slots * (spec.wide_slots ? sizeof(int64_t) : sizeof(int32_t)));
+    rows.resize(slots, -1);
   }
+
+  int64_t seconds_a_slot() const { return spec.has(kAmsgrad) ? 2 : 1; }
+  int64_t moments_a_slot() const { return 1 + (spec.has(kRowSecond) ? 0 : seconds_a_slot()); }
+  int64_t scales_a_slot() const { return (spec.has(kRowSecond) ? 1 : 2) * num_blocks(spec.width); }
 
   Table view() {
     MomentMemory memory{};
+    memory.type = spec.type;
+    memory.one_exp_avg_sq_a_row = spec.has(kRowSecond);
     memory.exp_avg = moments.data();
-    memory.exp_avg_sq = moments.data() + static_cast<size_t>(spec.width) * moment_size(spec.element);
-    memory.exp_avg_stride = 2 * spec.width;
-    memory.exp_avg_sq_stride = 2 * spec.width;
+    memory.exp_avg_stride = moments_a_slot() * spec.width;
+    const bool are_apart = memory.one_exp_avg_sq_a_row;
+    const size_t second_size =
+        are_apart ? moment_size(spec.element) : stored_size(spec) * static_cast<size_t>(spec.width);
+    auto* second = are_apart ? row_seconds.data() : moments.data() + second_size;
+    memory.exp_avg_sq = second;
+    memory.exp_avg_sq_stride = are_apart ? seconds_a_slot() : memory.exp_avg_stride;
+    if (spec.has(kAmsgrad)) memory.max_exp_avg_sq = second + second_size;
+    if (spec.type == MomentType::kCode8) {
+      memory.exp_avg_scale = scales.data();
+      if (!are_apart) memory.exp_avg_sq_scale = scales.data() + num_blocks(spec.width);
+      memory.scale_stride = scales_a_slot();
+    }
+    if (spec.has(kRowSteps)) memory.row_steps = row_steps.data();
+    if (spec.has(kOwesDecay)) memory.paid_log_decay = paid_log_decay.data();
     return {table.data(),
             spec.width,
             spec.element,
@@ -152,7 +201,7 @@ struct TableData {
             slot_of_row.data(),
             spec.wide_slots,
             rows.data(),
-            false,
+            spec.has(kStochasticRounding),
             0,
             nullptr};
   }
@@ -204,45 +253,60 @@ struct PreparedStep {
   std::vector<TableStep> tables;
 };
 
-PreparedStep prepare(std::vector<TableData>& tables, const std::vector<Gradient>& gradients) {
+PreparedStep prepare(std::vector<TableData>& tables, const std::vector<Gradient>& gradients,
+                     NonFinite nonfinite = NonFinite::kPropagate) {
   PreparedStep prepared;
   for (TableData& table : tables) prepared.views.push_back(table.view());
   for (size_t t = 0; t < tables.size(); ++t) {
-    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 1.0, 0.01, 0.0, 0.0, 0.0, 1.0};
+    StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 1.0, 0.01, 0.0, 0.0, 5.0, 1.0};
+    scalars.step += static_cast<double>(tables[t].num_steps);
+    if (tables[t].spec.has(kOwesDecay)) scalars.log_decay = std::log(0.99);
     prepared.tables.push_back({&prepared.views[t],
                                gradients[t].indices.data(),
                                gradients[t].values.data(),
                                tables[t].spec.num_lookups,
                                scalars,
-                               NonFinite::kPropagate,
+                               nonfinite,
                                tables[t].num_slots,
-                               0,
-                               0.0,
+                               tables[t].num_skipped,
+                               tables[t].log_decay,
                                {}});
   }
   return prepared;
 }
 
-void keep_num_slots(const PreparedStep& prepared, std::vector<TableData>& tables) {
-  for (size_t t = 0; t < tables.size(); ++t) tables[t].num_slots = prepared.tables[t].num_slots;
+void keep_counters(const PreparedStep& prepared, std::vector<TableData>& tables) {
+  for (size_t t = 0; t < tables.size(); ++t) {
+    const TableStep& done = prepared.tables[t];
+    tables[t].num_steps += 1;
+    tables[t].num_slots = done.num_slots;
+    tables[t].num_skipped = done.num_skipped;
+    tables[t].log_decay = done.log_decay;
+  }
 }
 
 Fault step_tables(std::vector<TableData>& tables, const std::vector<Gradient>& gradients, InstructionSet set,
-                  int num_threads) {
+                  int num_threads, NonFinite nonfinite = NonFinite::kPropagate) {
   steps_alone.store(0);
-  PreparedStep prepared = prepare(tables, gradients);
-  const Fault bad = step(prepared.tables, set, num_threads);
-  keep_num_slots(prepared, tables);
-  return bad;
+  PreparedStep prepared = prepare(tables, gradients, nonfinite);
+  Fault fault = step(prepared.tables, set, num_threads);
+  if (fault.table < 0) keep_counters(prepared, tables);
+  return fault;
 }
 
 void check_same(const std::vector<TableData>& found, const std::vector<TableData>& expected, const char* where) {
   for (size_t t = 0; t < expected.size(); ++t) {
     const char* name = expected[t].spec.name;
     CHECK(found[t].num_slots == expected[t].num_slots, "%s, %s", name, where);
+    CHECK(found[t].num_skipped == expected[t].num_skipped, "%s, %s", name, where);
+    CHECK(found[t].log_decay == expected[t].log_decay, "%s, %s", name, where);
     CHECK(found[t].rows == expected[t].rows, "%s, %s", name, where);
     CHECK(found[t].slot_of_row == expected[t].slot_of_row, "%s, %s", name, where);
     CHECK(found[t].moments == expected[t].moments, "%s, %s", name, where);
+    CHECK(found[t].row_seconds == expected[t].row_seconds, "%s, %s", name, where);
+    CHECK(found[t].scales == expected[t].scales, "%s, %s", name, where);
+    CHECK(found[t].row_steps == expected[t].row_steps, "%s, %s", name, where);
+    CHECK(found[t].paid_log_decay == expected[t].paid_log_decay, "%s, %s", name, where);
     CHECK(found[t].table == expected[t].table, "%s, %s", name, where);
   }
 }
@@ -265,6 +329,8 @@ constexpr int kNumSteps = 3;
 
 // Together enough bytes for seven threads, enough lookups for several chunks and partitions of each larger table.
 std::vector<TableSpec> mixed_tables() {
+  constexpr auto kFloat32 = ElementType::kFloat32;
+  constexpr auto kZipf = Draw::kZipf;
   return {
       {"float32", ElementType::kFloat32, {20000}, 64, 20000},
       {"float64", ElementType::kFloat64, {30000}, 8, 18000},
@@ -274,6 +340,35 @@ std::vector<TableSpec> mixed_tables() {
 #endif
       {"no lookups", ElementType::kFloat32, {50}, 16, 0},
       {"element-wise", ElementType::kFloat32, {700, 40}, 1, 30000},
+      {"codes of several blocks", kFloat32, {4000}, 150, 6000, kZipf, false, MomentType::kCode8},
+      {"codes, one second moment",
+       kFloat32,
+       {5000},
+       20,
+       6000,
+       kZipf,
+       false,
+       MomentType::kCode8,
+       kRowSecond | kRowSteps},
+      {"bfloat16 moments of a rounded table",
+       ElementType::kBFloat16,
+       {6000},
+       33,
+       8000,
+       kZipf,
+       false,
+       MomentType::kBFloat16,
+       kStochasticRounding | kOwesDecay},
+      {"largest second moments", kFloat32, {6000}, 24, 8000, kZipf, false, MomentType::kOwn, kAmsgrad | kOwesDecay},
+      {"largest ones, one a row",
+       ElementType::kFloat64,
+       {5000},
+       17,
+       6000,
+       kZipf,
+       false,
+       MomentType::kOwn,
+       kRowSecond | kAmsgrad | kRowSteps},
       {"wide slots, two sparse dimensions", ElementType::kFloat32, {100, 50}, 4, 17000, Draw::kUniform, true},
   };
 }
