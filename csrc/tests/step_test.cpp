@@ -1,8 +1,9 @@
 // The native step without Python: what the thread sanitizer and callgrind can look at.
 //
-//   step_test threads          the same bits for any number of threads and any instruction set, with any options; steps of several
-//                              threads at once; a bad index changes nothing; rows that catch up; a team's phases
-//                              follow one another
+//   step_test threads          the same bits for any number of threads and any instruction set, with any options; steps
+//                              of several threads at once; a bad index changes nothing; rows that are skipped or
+//                              refused; rows that catch up; partitions of any size; a team's phases follow one another,
+//                              and nothing that is thrown gets lost; rounding where chance is at its ends
 //   step_test cases            the fixed calls whose instructions are counted, a line "CASE SET" each
 //   step_test call CASE SET    one of them; the part to count is the function `counted_call`
 //
@@ -11,12 +12,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -323,6 +326,77 @@ const char* name_of(InstructionSet set) {
   return "unknown";
 }
 
+// ---- partitions -------------------------------------------------------------------------------------------------
+
+// Sorts lookups as a step does, its partitions shared out among threads, and compares with a sort of pairs. Returns
+// what the largest partition needed of a thread.
+int64_t check_partitions(const std::vector<int64_t>& rows, int64_t num_rows, int num_threads) {
+  const auto num_lookups = static_cast<int64_t>(rows.size());
+  Arena arena;
+  Partitioning lookups;
+  lookups.plan({rows.data(), &num_rows, 1, num_lookups}, num_rows, num_threads, num_lookups, arena);
+  for (int64_t chunk = 0; chunk < lookups.num_chunks(); ++chunk) {
+    CHECK(lookups.partition_chunk(chunk).lookup == -1, "chunk %d", static_cast<int>(chunk));
+  }
+  lookups.finish_partitioning(arena);
+  constexpr int64_t kNumSorters = 2;
+  std::vector<std::thread> sorters;
+  for (int64_t sorter = 0; sorter < kNumSorters; ++sorter) {
+    sorters.emplace_back([&, sorter] {
+      std::vector<Entry> scratch(static_cast<size_t>(lookups.sort_scratch()));
+      for (int64_t p = sorter; p < lookups.num_partitions(); p += kNumSorters) {
+        lookups.sort_partition(p, scratch.data());
+      }
+    });
+  }
+  for (std::thread& sorter : sorters) sorter.join();
+
+  std::vector<std::pair<int64_t, int64_t>> expected;
+  for (int64_t i = 0; i < num_lookups; ++i) expected.emplace_back(rows[static_cast<size_t>(i)], i);
+  std::sort(expected.begin(), expected.end());
+  int64_t begin = 0;
+  for (int64_t p = 0; p < lookups.num_partitions(); ++p) {
+    CHECK(lookups.partition_begin(p) == begin, "partition %d", static_cast<int>(p));
+    int64_t num_distinct = 0;
+    for (int64_t i = begin; i < lookups.partition_end(p); ++i) {
+      const auto& [row, position] = expected[static_cast<size_t>(i)];
+      const Entry entry = lookups.sorted()[i];
+      CHECK(lookups.row_of(entry) == row && lookups.position_of(entry) == position, "entry %d", static_cast<int>(i));
+      num_distinct += i == begin || expected[static_cast<size_t>(i - 1)].first != row ? 1 : 0;
+    }
+    CHECK(num_distinct <= lookups.max_rows(), "partition %d has %d rows", static_cast<int>(p),
+          static_cast<int>(num_distinct));
+    begin = lookups.partition_end(p);
+  }
+  CHECK(begin == num_lookups, "%d lookups in partitions", static_cast<int>(begin));
+  return lookups.sort_scratch();
+}
+
+// Two rows far apart, looked up so often each, between lookups of others.
+std::vector<int64_t> hot_rows(int64_t count, int64_t num_rows) {
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < count; ++i) {
+    rows.push_back(num_rows - 1);
+    rows.push_back(0);
+    if (i % 8 == 0) rows.push_back(num_rows / 2 + i % 64);
+  }
+  return rows;
+}
+
+// Partitions up to a size are sorted in a thread's own memory, larger ones in memory that all share; and there are no
+// more of them than a thread can count, however many lookups and threads.
+void test_partitions_of_any_size() {
+  constexpr int64_t kNumRows = 4000;
+  const int64_t most = check_partitions(hot_rows(200000, kNumRows), kNumRows, 1);
+  CHECK(most < 200000, "%d entries in a thread's own memory", static_cast<int>(most));
+  for (const int64_t count : {most - 1, most, most + 1}) check_partitions(hot_rows(count, kNumRows), kNumRows, 2);
+
+  Random random(9);
+  std::vector<int64_t> rows(4300 * 1024);
+  for (int64_t& row : rows) row = static_cast<int64_t>(random.next() % rows.size());
+  check_partitions(rows, static_cast<int64_t>(rows.size()), 2000);
+}
+
 // ---- threads ----------------------------------------------------------------------------------------------------
 
 constexpr int kNumSteps = 3;
@@ -435,7 +509,8 @@ void test_steps_at_once() {
   }
 }
 
-// The first bad index of the last table is reported, though a later chunk has one too, and nothing has changed.
+// The first bad index of the last table is reported, though its chunk and a later one have others, and nothing has
+// changed.
 void test_bad_index_changes_nothing() {
   const InstructionSet fastest = instruction_sets().back();
   const std::vector<TableSpec> specs = mixed_tables();
@@ -451,6 +526,7 @@ void test_bad_index_changes_nothing() {
   for (const int64_t bad_index : {int64_t{-1}, size, INT64_MIN, INT64_MAX}) {
     std::vector<Gradient> bad_gradients = gradients;
     bad_gradients.back().indices[static_cast<size_t>(num_lookups + num_lookups / 2)] = bad_index;
+    bad_gradients.back().indices[static_cast<size_t>(num_lookups + num_lookups / 2 + 1)] = -6;  // of the same chunk
     bad_gradients.back().indices[static_cast<size_t>(num_lookups - 1)] = -7;
     for (const int num_threads : {1, 2, 7}) {
       const Fault bad = step_tables(tables, bad_gradients, fastest, num_threads);
@@ -466,6 +542,44 @@ void test_bad_index_changes_nothing() {
   CHECK(step_tables(expected, gradients, fastest, 1).table == -1, "step of one thread");
   CHECK(step_tables(tables, gradients, fastest, 7).table == -1, "step after a bad index");
   check_same(tables, expected, "the step after a bad index");
+}
+
+// Makes the value of one lookup a NaN, in a table of any type of elements, of which all ones are one.
+void spoil(Gradient& gradient, const TableSpec& spec, int64_t lookup) {
+  const auto row_bytes = static_cast<size_t>(spec.width) * static_cast<size_t>(element_bytes(spec.element));
+  const auto begin = gradient.values.begin() + static_cast<std::ptrdiff_t>(row_bytes) * lookup;
+  std::fill(begin, begin + static_cast<std::ptrdiff_t>(element_bytes(spec.element)), static_cast<unsigned char>(0xFF));
+}
+
+// Rows whose gradient is not finite are left out, or keep the whole step from being taken: in tables of all kinds.
+void test_rows_that_are_not_finite() {
+  const InstructionSet fastest = instruction_sets().back();
+  const std::vector<TableSpec> specs = mixed_tables();
+  const std::vector<TableData> start = make_tables(specs, 8);
+  std::vector<Gradient> gradients = make_gradients(specs, 8);
+  int64_t first = -1;
+  for (size_t t = 0; t < specs.size(); ++t) {
+    if (specs[t].num_lookups == 0) continue;
+    if (first < 0) first = static_cast<int64_t>(t);
+    for (int64_t i = 0; i < specs[t].num_lookups; i += 1000) spoil(gradients[t], specs[t], i);
+  }
+  std::vector<TableData> expected = start;
+  CHECK(step_tables(expected, gradients, InstructionSet::kPortable, 1, NonFinite::kSkip).table == -1, "one thread");
+  for (const TableData& table : expected) {
+    CHECK((table.num_skipped > 0) == (table.spec.num_lookups > 0), "%s: %d rows skipped", table.spec.name,
+          static_cast<int>(table.num_skipped));
+  }
+  for (const int num_threads : {1, 2, 7}) {
+    std::vector<TableData> found = start;
+    CHECK(step_tables(found, gradients, fastest, num_threads, NonFinite::kSkip).table == -1, "%d threads", num_threads);
+    check_same(found, expected, "after rows were skipped");
+
+    found = start;
+    const Fault fault = step_tables(found, gradients, fastest, num_threads, NonFinite::kRefuse);
+    CHECK(fault.table == first && fault.bad_index.lookup == -1 && fault.rows.size() == 5 && !fault.rows_are_behind,
+          "table %d, %d rows", static_cast<int>(fault.table), static_cast<int>(fault.rows.size()));
+    check_same(found, start, "after rows were refused");
+  }
 }
 
 // A table whose missed steps are replayed, with what the caller keeps of them.
@@ -500,7 +614,8 @@ struct ReplayedTable {
   Fault step_on(const Gradient& gradient, InstructionSet set, int num_threads) {
     steps_alone.store(0);
     const Table table = view();
-    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 0.999, 0.01, 0.0, 0.0, 0.0, 1.0};
+    const auto number = static_cast<double>(steps.size());
+    const StepScalars scalars{0.9, 0.1, 0.999, 0.001, 0.01, 2.0, 1e-8, 0.999, 0.01, 0.0, 0.0, 0.0, number};
     std::vector<TableStep> tables{{&table, gradient.indices.data(), gradient.values.data(), data.spec.num_lookups,
                                    scalars, NonFinite::kPropagate, data.num_slots, 0, 0.0, history()}};
     const Fault fault = step(tables, set, num_threads);
@@ -516,8 +631,7 @@ struct ReplayedTable {
 };
 
 // Each step reaches more rows than the one before, some of them behind and some without a slot.
-std::unique_ptr<ReplayedTable> run_replay(InstructionSet set, int num_threads) {
-  const TableSpec spec{"replayed", ElementType::kFloat32, {20000}, 32, 20000};
+std::unique_ptr<ReplayedTable> run_replay(const TableSpec& spec, InstructionSet set, int num_threads) {
   auto made = std::make_unique<ReplayedTable>(spec);
   ReplayedTable& table = *made;
   for (int number = 0; number < 2 * kNumSteps; ++number) {
@@ -534,16 +648,27 @@ std::unique_ptr<ReplayedTable> run_replay(InstructionSet set, int num_threads) {
   return made;
 }
 
-void test_catching_up() {
-  const std::unique_ptr<ReplayedTable> expected = run_replay(InstructionSet::kPortable, 1);
+void test_catching_up(const TableSpec& spec) {
+  const std::unique_ptr<ReplayedTable> expected = run_replay(spec, InstructionSet::kPortable, 1);
   CHECK(expected->data.num_slots > 0 && expected->data.num_slots < 20000, "%d slots",
         static_cast<int>(expected->data.num_slots));
   for (const InstructionSet set : instruction_sets()) {
     for (const int num_threads : {1, 2, 7}) {
-      const std::unique_ptr<ReplayedTable> found = run_replay(set, num_threads);
+      const std::unique_ptr<ReplayedTable> found = run_replay(spec, set, num_threads);
       check_same({found->data}, {expected->data}, name_of(set));
       CHECK(found->clocks == expected->clocks, "%s, %d threads", name_of(set), num_threads);
     }
+  }
+}
+
+// Keeps each of a phase's tasks until all have begun, so that as many threads take part.
+void wait_for_all(std::atomic<int>& num_begun, int num_tasks) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  num_begun.fetch_add(1, std::memory_order_relaxed);  // relaxed: it must order nothing that the team should
+  while (num_begun.load(std::memory_order_relaxed) < num_tasks) {
+    CHECK(std::chrono::steady_clock::now() < deadline, "%d of %d tasks have begun in a minute", num_begun.load(),
+          num_tasks);
+    std::this_thread::yield();
   }
 }
 
@@ -559,12 +684,7 @@ void test_team_phases() {
       std::atomic<int> num_begun{0};
       int ran_on[kNumThreads] = {};
       auto task = [&](int64_t index, int thread) {
-        const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-        num_begun.fetch_add(1, std::memory_order_relaxed);  // relaxed: it must order nothing that the team should
-        while (num_begun.load(std::memory_order_relaxed) < kNumThreads) {
-          CHECK(std::chrono::steady_clock::now() < deadline, "phase %d: a helper has not come in a minute", phase);
-          std::this_thread::yield();
-        }
+        wait_for_all(num_begun, kNumThreads);
         const int next = (static_cast<int>(index) + 1) % kNumThreads;
         written[phase][index] = 1 + (phase == 0 ? 0 : written[phase - 1][next]);
         ran_on[thread] += 1;
@@ -619,14 +739,124 @@ void test_team_passes_on_what_tasks_throw() {
   with_team(4, run);
 }
 
+// What the step itself throws, between its phases or out of one, reaches the caller of a team of any size.
+void test_what_a_step_throws_is_not_lost() {
+  for (const int num_threads : {1, 2, 4}) {
+    for (const bool is_in_task : {false, true}) {
+      steps_alone.store(0);
+      auto run = [&](Team& team) {
+        auto task = [&](int64_t, int) {
+          if (is_in_task) throw std::bad_alloc();
+        };
+        team.for_each(8, task);
+        if (!is_in_task) throw std::bad_alloc();
+      };
+      bool has_thrown = false;
+      try {
+        with_team(num_threads, run);
+      } catch (const std::bad_alloc&) {
+        has_thrown = true;
+      }
+      CHECK(has_thrown, "%d threads, in a task: %d", num_threads, is_in_task);
+    }
+  }
+}
+
+// Helpers round as the caller does while they help, and as before afterwards: they are the threads of others.
+void test_helpers_take_the_callers_environment_and_give_it_back() {
+  constexpr int kNumThreads = 3;
+  steps_alone.store(0);
+  const int before = std::fegetround();
+  std::fesetround(FE_UPWARD);
+  int rounding[kNumThreads] = {};
+  auto run = [&](Team& team) {
+    std::atomic<int> num_begun{0};
+    auto task = [&](int64_t, int thread) {
+      rounding[thread] = std::fegetround();
+      wait_for_all(num_begun, kNumThreads);
+    };
+    team.for_each(kNumThreads, task);
+  };
+  with_team(kNumThreads, run);
+  std::fesetround(before);
+  for (const int found : rounding) CHECK(found == FE_UPWARD, "a thread rounded by mode %d", found);
+  std::atomic<int> num_changed{0};
+  fork_join(kNumThreads, [&](int) { num_changed.fetch_add(std::fegetround() == before ? 0 : 1); });
+  CHECK(num_changed.load() == 0, "%d threads round otherwise than before", num_changed.load());
+}
+
+// ---- rounding ---------------------------------------------------------------------------------------------------
+
+float rounded_to_bfloat16(float value, uint32_t random) {
+  BFloat16 to;
+  narrow_stochastic(value, random, &to);
+  return widen(to);
+}
+
+template <class AnyCode>
+void test_code_at_the_ends_of_chance() {
+  for (const uint32_t random : {uint32_t{0}, ~uint32_t{0}}) {
+    for (uint32_t code = 0; code <= AnyCode::kLargest; ++code) {
+      const uint32_t found = AnyCode::encode(AnyCode::decode(code), random);
+      CHECK(found == code, "code %u became %u by %u", code, found, random);
+    }
+    // A magnitude times the reciprocal of the largest may come out above what the largest code stands for.
+    const uint32_t above = AnyCode::encode(std::nextafter(AnyCode::kTop, 2.0f), random);
+    CHECK(above == AnyCode::kLargest, "code %u by %u", above, random);
+  }
+}
+
+// Bits that a run meets once in millions: what can be stored stays, and nothing is carried past the largest number.
+void test_rounding_at_the_ends_of_chance() {
+  test_code_at_the_ends_of_chance<ExpAvgCode>();
+  test_code_at_the_ends_of_chance<ExpAvgSqCode>();
+  CHECK(!goes_up(0.0f, 0), "a whole number went up");
+  CHECK(goes_up(0x1p-24f, 0) && !goes_up(1.0f - 0x1p-24f, ~uint32_t{0}), "chance has other ends");
+  constexpr float kLargestBFloat16 = 0x1.FEp127f;
+  constexpr float kLargestFloat = std::numeric_limits<float>::max();
+  for (const uint32_t random : {uint32_t{0}, ~uint32_t{0}}) {
+    for (const float stored : {0.0f, -0.0f, 1.0f, -0x1.02p-126f, kLargestBFloat16, -kLargestBFloat16}) {
+      CHECK(bits_of(rounded_to_bfloat16(stored, random)) == bits_of(stored), "%g by %u", stored, random);
+    }
+    CHECK(std::isinf(rounded_to_bfloat16(kLargestFloat, random)), "not to the nearest, by %u", random);
+    for (const uint32_t nan : {0x7F800001u, 0x7FFFFFFFu, 0xFFFFFFFFu}) {
+      CHECK(std::isnan(rounded_to_bfloat16(from_bits(nan), random)), "%x became a number", nan);
+    }
+  }
+  CHECK(rounded_to_bfloat16(1.0f + 0x1p-23f, ~uint32_t{0}) == 1.0f + 0x1p-7f, "the least above a number never goes up");
+#if defined(SPARSEADAM_HAS_FLOAT16)
+  for (const uint32_t random : {uint32_t{0}, ~uint32_t{0}}) {
+    for (const float stored : {0.0f, -0.0f, 0x1p-24f, -0x3p-24f, 0x1p-14f, 1.0f, 65504.0f, -65504.0f}) {
+      Float16 to;
+      narrow_stochastic(stored, random, &to);
+      CHECK(bits_of(widen(to)) == bits_of(stored), "%g by %u", stored, random);
+    }
+  }
+#endif
+}
+
 void test_threads() {
+  test_rounding_at_the_ends_of_chance();
+  test_partitions_of_any_size();
+  test_what_a_step_throws_is_not_lost();
+  test_helpers_take_the_callers_environment_and_give_it_back();
   test_team_phases();
   test_team_takes_each_task_once();
   test_team_passes_on_what_tasks_throw();
   test_same_bits();
   test_steps_at_once();
   test_bad_index_changes_nothing();
-  test_catching_up();
+  test_rows_that_are_not_finite();
+  test_catching_up({"replayed", ElementType::kFloat32, {20000}, 32, 20000});
+  test_catching_up({"replayed and rounded",
+                    ElementType::kBFloat16,
+                    {20000},
+                    33,
+                    20000,
+                    Draw::kZipf,
+                    false,
+                    MomentType::kOwn,
+                    kStochasticRounding});
   std::printf("step_test threads: all checks hold\n");
 }
 
