@@ -303,6 +303,30 @@ def test_values_in_the_table_itself_are_read_before_they_are_written(restore_thr
 
 
 @needs_native
+@pytest.mark.parametrize("layout", ["columns", "a table within it"])
+def test_values_near_the_end_of_a_table_are_read_before_they_are_written(layout: str) -> None:
+    """Where its rows lie apart, and where another table begins behind its begin and ends before."""
+    start = torch.randn(4000, 8, generator=torch.Generator().manual_seed(4))
+    found = []
+    for backend in ("native", "reference"):
+        memory = start.clone()
+        tables = [torch.nn.Parameter(memory[:, :4] if layout == "columns" else memory)]
+        if layout != "columns":
+            tables.append(torch.nn.Parameter(memory[100:200]))
+        optimizer = SparseAdam(tables, lr=0.1, backend=backend)
+        width = tables[0].shape[1]
+        for _ in range(2):
+            rows = torch.arange(3001, 4000)
+            values = memory[3000:3999].view(-1, width)[: len(rows)]
+            tables[0].grad = torch.sparse_coo_tensor(rows[None], values, tables[0].shape, check_invariants=True)
+            for inner in tables[1:]:
+                inner.grad = coo(np.array([3, 9]), np.ones((2, width)), tuple(inner.shape), torch.float32)
+            optimizer.step()
+        found.append(memory)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@needs_native
 def test_numbers_flushed_to_zero_are_so_on_any_number_of_threads(restore_threads: None) -> None:
     """A thread has its own setting; those that help take the caller's."""
     torch.set_num_threads(2)
@@ -324,6 +348,8 @@ def test_numbers_flushed_to_zero_are_so_on_any_number_of_threads(restore_threads
             assert not optimizer.state[table]["exp_avg_sq"].view(torch.int32).any(), f"{num_threads} threads"
     finally:
         torch.set_flush_denormal(False)
+    small = torch.full((1 << 20,), 1e-39)
+    assert (small * 1.5).view(torch.int32).all(), "torch's threads have kept the setting"
 
 
 @needs_native
