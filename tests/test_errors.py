@@ -1020,6 +1020,8 @@ def test_the_native_module_says_that_rows_and_lookups_share_64_bits() -> None:
     assert fits(2**40, 2**24)
     assert not fits(2**40 + 1, 2**24)
     assert not fits(2**63 - 1, 3)
+    assert fits(1, 2**32 - 1), "lookups are counted in 32 bits"
+    assert not fits(1, 2**32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -637,6 +637,24 @@ def test_a_row_first_touched_at_step_1000_moves_as_at_step_1_of_adam(backend: st
     assert state["step"] == steps_before + 12
 
 
+def test_touches_are_counted_up_to_what_an_int32_holds(backend: str) -> None:
+    """A count that went on would be negative, and its correction not a number."""
+    table = Parameter(torch.zeros(2, 3))
+    optimizer = SparseAdam([table], lr=0.1, bias_correction="row", backend=backend)
+    for number, expected in enumerate((1, 2**31 - 1, 2**31 - 1)):
+        table.grad = coo([1], torch.ones(1, 3), table)
+        optimizer.step()
+        state = optimizer.state[table]
+        assert state["row_steps"].tolist() == [expected]
+        # Without a correction, moments and the step that they make grow from (1-b1)*g and (1-b2)*g**2.
+        m, v = 1 - 0.9 ** (number + 1), 1 - 0.999 ** (number + 1)
+        move = 0.1 if number == 0 else 0.1 * m / v**0.5
+        torch.testing.assert_close(table.detach()[1], torch.full((3,), -move), rtol=1e-4, atol=0)
+        table.data.zero_()
+        if number == 0:
+            state["row_steps"].fill_(2**31 - 2)
+
+
 def test_one_second_moment_a_row_is_the_mean_of_the_squares(backend: str) -> None:
     table = Parameter(torch.zeros(3, 2, 2, dtype=torch.float64))
     optimizer = SparseAdam([table], lr=1.0, betas=(0.0, 0.5), eps=1e-12, second_moment="row", backend=backend)
@@ -889,6 +907,16 @@ def test_error_in_one_table_keeps_another_from_skipping(backend: str) -> None:
         optimizer.step()
 
 
+def test_error_names_rows_of_the_first_faulty_table_only(backend: str) -> None:
+    tables = [Parameter(torch.ones(40, 2)) for _ in range(3)]
+    optimizer = SparseAdam(tables, nonfinite="error", backend=backend)
+    for table, bad_row in zip(tables, (None, 31, 17), strict=True):
+        table.grad = coo([5, bad_row or 6], [[1.0, 1.0], [1.0 if bad_row is None else NAN, 1.0]], table)
+    message = message_of(optimizer.step, RuntimeError)
+    assert re.search(r"group 0, parameter 1.*\brows? 31\b", message)
+    assert "17" not in message
+
+
 @needs_native
 @pytest.mark.parametrize("faulty", [0, 1], ids=["native", "reference"])
 def test_error_is_found_in_a_step_that_both_backends_share_before_either_writes(faulty: int) -> None:
@@ -1044,6 +1072,22 @@ def test_propagate_makes_nan_of_what_torch_makes_nan_of(
             is_finite = state[key].isfinite()
             assert torch.equal(is_finite, expected[key].isfinite())
             torch.testing.assert_close(state[key][is_finite], expected[key][is_finite], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_a_largest_second_moment_that_is_nan_stays_so(backend: str, second_moment: str) -> None:
+    """As torch.maximum says: nothing is the larger of a number and none."""
+    table = Parameter(torch.ones(2, 3))
+    optimizer = SparseAdam([table], amsgrad=True, second_moment=second_moment, backend=backend)
+    for _ in range(2):
+        table.grad = coo([0, 1], torch.ones(2, 3), table)
+        optimizer.step()
+        optimizer.state[table]["max_exp_avg_sq"][0] = NAN
+    table.grad = coo([0, 1], torch.ones(2, 3), table)
+    optimizer.step()
+    largest = optimizer.state[table]["max_exp_avg_sq"]
+    assert largest[0].isnan().all() and largest[1].isfinite().all()
+    assert table.detach()[0].isnan().all() and table.detach()[1].isfinite().all()
 
 
 # Saving -------------------------------------------------------------------------------------------
