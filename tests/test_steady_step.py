@@ -126,6 +126,10 @@ def forget_state(run: Run) -> None:
     del run.optimizer.state[run.tables[1]]
 
 
+def forget_the_last_state(run: Run) -> None:
+    del run.optimizer.state[run.tables[2]]
+
+
 def exchange_moments(run: Run) -> None:
     run.optimizer.state[run.tables[1]] = copy.deepcopy(run.optimizer.state[run.tables[1]])
 
@@ -155,6 +159,7 @@ def exchange_tables(run: Run) -> None:
         set_other_sparse_dim,
         load_other_state,
         forget_state,
+        forget_the_last_state,
         exchange_moments,
         put_state_last,
         add_table,
@@ -171,6 +176,24 @@ def test_what_looks_otherwise_goes_the_general_way_once(change: Callable[[Run], 
         without_steady_steps(general).step(seed)
     assert snapshot(steady.optimizer) == snapshot(general.optimizer)
     assert steady.num_general == 1
+
+
+def test_rows_that_lie_otherwise_in_the_same_memory_are_found() -> None:
+    """The table begins where it did and has the shape that it had."""
+    found = []
+    for is_steady in (True, False):
+        memory = torch.ones(20, 12)
+        table = nn.Parameter(memory[:, :6])
+        optimizer = SparseAdam([table], lr=0.1)
+        for step in range(4):
+            if step == 2:
+                table.data = memory.view(-1)[:120].view(20, 6)
+            if not is_steady:
+                optimizer.__dict__["_steady_step"] = None
+            table.grad = torch.sparse_coo_tensor([[3, 17]], torch.ones(2, 6), table.shape, check_invariants=True)
+            optimizer.step()
+        found.append(memory)
+    assert torch.equal(found[0], found[1])
 
 
 def test_what_changes_without_a_check_is_read_anew() -> None:
@@ -239,15 +262,27 @@ def take_out(group: dict[str, Any]) -> None:
     del group["eps"]
 
 
-@pytest.mark.parametrize("spoil", [set_to_nonsense, take_out])
+def take_out_the_last(group: dict[str, Any]) -> None:
+    assert group.popitem() == ("torch_eps", False)
+
+
+def rename_the_last(group: dict[str, Any]) -> None:
+    take_out_the_last(group)
+    group["torch_epsilon"] = False
+
+
+@pytest.mark.parametrize("spoil", [set_to_nonsense, take_out, take_out_the_last, rename_the_last])
 def test_an_option_spoiled_between_steady_steps_is_an_error(spoil: Callable[[dict[str, Any]], None]) -> None:
     run = Run()
     run.step(2)
     before = snapshot(run.optimizer)
-    spoil(run.optimizer.param_groups[1])
+    group = run.optimizer.param_groups[1]
+    options = dict(group)
+    spoil(group)
     with pytest.raises(ValueError, match="eps"):
         run.step(3)
-    run.optimizer.param_groups[1]["eps"] = 1e-8
+    group.clear()
+    group.update(options)
     assert snapshot(run.optimizer) == before
 
 
@@ -267,15 +302,19 @@ def test_a_table_without_a_gradient_is_passed_over_and_one_without_lookups_count
     assert [table._version - version for table, version in zip(run.tables, versions, strict=True)] == [0, 0, 1]
 
 
-def test_indices_that_are_not_contiguous_go_the_general_way() -> None:
+@pytest.mark.parametrize("part", ["indices", "values"])
+def test_lookups_that_are_not_contiguous_go_the_general_way(part: str) -> None:
+    """Indices are small, so that they would be inside the table in whatever order they are read."""
     steady, general = Run(), Run()
     for run in (steady, general):
         run.set_gradients(2)
-    grad = general.tables[2].grad
-    assert grad is not None
-    indices = grad._indices().t().contiguous().t()
-    general.tables[2].grad = torch.sparse_coo_tensor(indices, grad._values(), grad.shape, check_invariants=False)
-    assert not general.tables[2].grad._indices().is_contiguous()
+        grad = run.tables[2].grad
+        assert grad is not None
+        lookups = {"indices": grad._indices() % 3, "values": grad._values()}
+        if run is general:
+            lookups[part] = lookups[part].t().contiguous().t()
+            assert not lookups[part].is_contiguous()
+        run.tables[2].grad = torch.sparse_coo_tensor(**lookups, size=grad.shape, check_invariants=False)
     for run in (steady, general):
         run.optimizer.step()
     assert (steady.num_general, general.num_general) == (0, 1)
