@@ -475,6 +475,22 @@ def test_rows_just_read_are_found_for_one_step_and_for_those_lookups_alone(backe
         setting.optimizer.step()
 
 
+def test_a_step_on_rows_that_could_not_be_read_is_refused_as_well(backend: str) -> None:
+    """Those read before them were as many, and what was found of them is no longer there."""
+    setting = behind(backend)
+    setting.optimizer.catch_up(setting.table, torch.tensor([1, 4]))
+    bad = torch.tensor([1, len(setting.table)])
+    with pytest.raises(IndexError):
+        setting.optimizer.catch_up(setting.table, bad)
+    setting.table.grad = torch.sparse_coo_tensor(
+        bad[None], torch.ones(2, 6), setting.table.shape, check_invariants=False
+    )
+    before = snapshot(setting.optimizer)
+    with pytest.raises(IndexError, match=f"names row {len(setting.table)}"):
+        setting.optimizer.step()
+    assert snapshot(setting.optimizer) == before
+
+
 def test_rows_just_read_whose_gradient_is_not_finite_are_refused_and_nothing_changes(backend: str) -> None:
     setting = behind(backend, nonfinite="error")
     rows = torch.tensor([4, 0, 15, 4])

@@ -144,6 +144,12 @@ def add_table(run: Run) -> None:
     run.optimizer.add_param_group({"params": [run.tables[-1]]})
 
 
+def append_table(run: Run) -> None:
+    run.tables.append(nn.Parameter(torch.ones(5, 2)))
+    run.sparse_dims.append(1)
+    run.optimizer.param_groups[0]["params"].append(run.tables[-1])
+
+
 def take_table_out(run: Run) -> None:
     run.optimizer.param_groups[0]["params"] = run.optimizer.param_groups[0]["params"][:1]
 
@@ -163,6 +169,7 @@ def exchange_tables(run: Run) -> None:
         exchange_moments,
         put_state_last,
         add_table,
+        append_table,
         take_table_out,
         exchange_tables,
     ],
