@@ -131,6 +131,43 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(capsys: pytest.Capt
     assert shown.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")])
+def test_too_little_memory_gets_a_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(cli, "measure", lambda *_, **__: raise_it(error))
+    assert main(TINY) == 1
+    assert capsys.readouterr().err.endswith("sparseadam bench: there is not enough memory for case own.\n")
+
+
+def test_an_error_of_ours_is_not_taken_for_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(cli, "measure", lambda *_, **__: raise_it(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        main(TINY)
+
+
+def test_an_interrupt_is_said_and_has_the_shells_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(cli, "measure", lambda *_, **__: raise_it(KeyboardInterrupt()))
+    assert main(TINY) == 130
+    assert capsys.readouterr().err.endswith("sparseadam bench: stopped.\n")
+
+
+def raise_it(error: BaseException) -> None:
+    raise error
+
+
+def test_files_are_as_they_were_until_there_is_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("of another run")
+    parse_arguments(["bench", "--json", str(path)])
+    assert path.read_text() == "of another run"
+
+
 class FakeEvent:
     """A device whose clock goes one millisecond for each event that is recorded, and ten for each part that runs."""
 
