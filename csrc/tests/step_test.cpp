@@ -344,7 +344,8 @@ int64_t check_partitions(const std::vector<int64_t>& rows, int64_t num_rows, int
   for (int64_t sorter = 0; sorter < kNumSorters; ++sorter) {
     sorters.emplace_back([&, sorter] {
       std::vector<Entry> scratch(static_cast<size_t>(lookups.sort_scratch()));
-      for (int64_t p = sorter; p < lookups.num_partitions(); p += kNumSorters) {
+      const int64_t end = (sorter + 1) * lookups.num_partitions() / kNumSorters;
+      for (int64_t p = sorter * lookups.num_partitions() / kNumSorters; p < end; ++p) {
         lookups.sort_partition(p, scratch.data());
       }
     });
@@ -372,7 +373,7 @@ int64_t check_partitions(const std::vector<int64_t>& rows, int64_t num_rows, int
   return lookups.sort_scratch();
 }
 
-// Two rows far apart, looked up so often each, between lookups of others.
+// The first row and the last, which different threads sort, looked up so often each, between lookups of others.
 std::vector<int64_t> hot_rows(int64_t count, int64_t num_rows) {
   std::vector<int64_t> rows;
   for (int64_t i = 0; i < count; ++i) {
@@ -414,11 +415,11 @@ std::vector<TableSpec> mixed_tables() {
 #endif
       {"no lookups", ElementType::kFloat32, {50}, 16, 0},
       {"element-wise", ElementType::kFloat32, {700, 40}, 1, 30000},
-      {"codes of several blocks", kFloat32, {4000}, 150, 6000, kZipf, false, MomentType::kCode8},
+      {"codes of several blocks", ElementType::kFloat64, {4000}, 150, 6000, kZipf, false, MomentType::kCode8},
       {"codes, one second moment",
        kFloat32,
        {5000},
-       20,
+       140,
        6000,
        kZipf,
        false,
