@@ -6,6 +6,7 @@ shard were touched. So the planners, through which it is told what to write and 
 
 from __future__ import annotations
 
+import inspect
 import io
 import warnings
 from collections.abc import Sequence
@@ -62,16 +63,17 @@ def write(entries: dict[str, Any], folder: Path, ranks: Ranks) -> None:
     """
     try:
         with answered(ranks.rank, ranks.size, "writing a checkpoint"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no group means
+            _ignore_that_there_is_no_group()
             state_dict_saver.save(
-                entries,
-                checkpoint_id=folder,
-                planner=_SavePlanner(),
-                process_group=ranks.process_group,
-                no_dist=not ranks.are_grouped,
+                entries, checkpoint_id=folder, planner=_SavePlanner(), process_group=ranks.process_group
             )
     except CheckpointException as error:  # a BaseException, of what went wrong on which rank
         raise _validate.unwritten_checkpoint_error(str(folder), _causes(error)) from error
+
+
+def _ignore_that_there_is_no_group() -> None:
+    """Ignore what PyTorch warns of where ranks write or read by themselves, in words that differ by version."""
+    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
 
 def _causes(error: CheckpointException) -> list[str]:
@@ -166,8 +168,12 @@ class Saved:
     def _read(self, planner: _LoadPlanner) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                state_dict_loader.load({}, checkpoint_id=self._folder, planner=planner, no_dist=True)
+                _ignore_that_there_is_no_group()
+                if "no_dist" in inspect.signature(state_dict_loader.load).parameters:
+                    state_dict_loader.load({}, checkpoint_id=self._folder, planner=planner, no_dist=True)
+                else:  # PyTorch 2.6, where only this reads for itself what is in a group
+                    warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+                    state_dict_loader.load_state_dict({}, FileSystemReader(self._folder), no_dist=True, planner=planner)
         except CheckpointException as error:
             raise _validate.unread_checkpoint_error(str(self._folder), _causes(error)) from error
 
