@@ -797,6 +797,16 @@ def test_detached_and_copied_models_are_not_caught_up(backend: str) -> None:
         train(model, optimizer, 20)
 
 
+def test_detaching_without_replayed_tables_leaves_others_as_they_are(backend: str) -> None:
+    table = nn.Embedding(20, 4, sparse=True)
+    optimizer = SparseAdam(table.parameters(), weight_decay=0.1, weight_decay_mode="exact", backend=backend)
+    with optimizer.attach(table):
+        table(torch.tensor([3])).sum().backward()
+        optimizer.step()
+        before = snapshot(optimizer)
+    assert snapshot(optimizer) == before
+
+
 def test_a_state_dict_is_up_to_date_and_loading_one_leaves_nothing_to_catch_up(backend: str) -> None:
     model = nn.Sequential(nn.Embedding(20, 4, sparse=True))
     optimizer = SparseAdam(model.parameters(), lr=0.1, weight_decay=0.1, missed_steps="replay", backend=backend)

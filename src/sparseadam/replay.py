@@ -98,4 +98,4 @@ def attach(
             hook = Hook(lambda *_: flush())
             handles.append(module.register_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
             handles.append(module.register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
-    return Hooks(handles, at_end=flush)
+    return Hooks(handles, at_end=flush if tables else None)
