@@ -32,6 +32,8 @@ SCRIPTS: tuple[Script, ...] = tuple(
 # The table of steps, and the same taken once more, after all else: it shows how far a run repeats.
 STEP = "step"
 STEP_AGAIN = "step_again"
+# The table as another processor gave it, with `python -m sparseadam bench --json`: kept, not measured here.
+STEP_ELSEWHERE = "step_elsewhere"
 
 
 def main() -> int:
@@ -42,12 +44,11 @@ def main() -> int:
     )
     if not parser.parse_args().no_run:
         measure_everything()
-    missing = [
-        name for name in (STEP, STEP_AGAIN, *(script.name for script in SCRIPTS)) if not results_file(name).exists()
-    ]
+    names = (STEP, STEP_AGAIN, STEP_ELSEWHERE, *(script.name for script in SCRIPTS))
+    missing = [name for name in names if not results_file(name).exists()]
     if missing:
-        names = ", ".join(str(results_file(name).relative_to(HERE.parent)) for name in missing)
-        print(f"docs: {names} not there; run without --no-run.", file=sys.stderr)
+        files = ", ".join(str(results_file(name).relative_to(HERE.parent)) for name in missing)
+        print(f"docs: {files} not there; run without --no-run.", file=sys.stderr)
         return 1
     write_page()
     return 0
@@ -80,21 +81,31 @@ def write_page() -> None:
 
 def placeholders(steps: list[Record]) -> dict[str, str]:
     """Return what goes into the template, by name."""
-    bandwidths = [record["copy_bytes_per_second"]["median"] / 1e9 for record in steps]
     steps_again = read_json_lines(results_file(STEP_AGAIN))
+    steps_elsewhere = read_json_lines(results_file(STEP_ELSEWHERE))
     filled = {
         "machine": machine_table(steps[0]),
         "step": section(report.COLUMNS, steps),
         "notes": "\n".join(f"- {note}" for note in report.notes(steps)),
-        "bandwidth": f"{min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s",
+        "bandwidth": bandwidth(steps),
         "missed": missed(steps),
         STEP_AGAIN: markdown_table(report.COLUMNS, steps_again) + apart(steps_again[0], steps[0]),
         "missed_again": missed(steps_again),
+        "machine_elsewhere": machine_table(steps_elsewhere[0]),
+        STEP_ELSEWHERE: markdown_table(report.COLUMNS, steps_elsewhere),
+        "bandwidth_elsewhere": bandwidth(steps_elsewhere),
+        "missed_elsewhere": missed(steps_elsewhere),
     }
     for script in SCRIPTS:
         records = read_json_lines(results_file(script.name))
         filled[script.name] = section(script.columns, records) + apart(records[0], steps[0])
     return filled
+
+
+def bandwidth(steps: list[Record]) -> str:
+    """Say between what medians the copy's speed lay."""
+    medians = [record["copy_bytes_per_second"]["median"] / 1e9 for record in steps]
+    return f"{min(medians):.1f} to {max(medians):.1f} GB/s"
 
 
 def machine_table(record: Record) -> str:
