@@ -32,8 +32,9 @@ SCRIPTS: tuple[Script, ...] = tuple(
 # The table of steps, and the same taken once more, after all else: it shows how far a run repeats.
 STEP = "step"
 STEP_AGAIN = "step_again"
-# The table as another processor gave it, with `python -m sparseadam bench --json`: kept, not measured here.
+# The same two as another processor gave them, with `python -m sparseadam bench --json`: kept, not measured here.
 STEP_ELSEWHERE = "step_elsewhere"
+STEP_ELSEWHERE_AGAIN = "step_elsewhere_again"
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def main() -> int:
     )
     if not parser.parse_args().no_run:
         measure_everything()
-    names = (STEP, STEP_AGAIN, STEP_ELSEWHERE, *(script.name for script in SCRIPTS))
+    names = (STEP, STEP_AGAIN, STEP_ELSEWHERE, STEP_ELSEWHERE_AGAIN, *(script.name for script in SCRIPTS))
     missing = [name for name in names if not results_file(name).exists()]
     if missing:
         files = ", ".join(str(results_file(name).relative_to(HERE.parent)) for name in missing)
@@ -83,6 +84,7 @@ def placeholders(steps: list[Record]) -> dict[str, str]:
     """Return what goes into the template, by name."""
     steps_again = read_json_lines(results_file(STEP_AGAIN))
     steps_elsewhere = read_json_lines(results_file(STEP_ELSEWHERE))
+    steps_elsewhere_again = read_json_lines(results_file(STEP_ELSEWHERE_AGAIN))
     filled = {
         "machine": machine_table(steps[0]),
         "step": section(report.COLUMNS, steps),
@@ -95,6 +97,9 @@ def placeholders(steps: list[Record]) -> dict[str, str]:
         STEP_ELSEWHERE: markdown_table(report.COLUMNS, steps_elsewhere),
         "bandwidth_elsewhere": bandwidth(steps_elsewhere),
         "missed_elsewhere": missed(steps_elsewhere),
+        STEP_ELSEWHERE_AGAIN: markdown_table(report.COLUMNS, steps_elsewhere_again)
+        + apart(steps_elsewhere_again[0], steps_elsewhere[0]),
+        "missed_elsewhere_again": missed(steps_elsewhere_again),
     }
     for script in SCRIPTS:
         records = read_json_lines(results_file(script.name))
