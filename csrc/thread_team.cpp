@@ -153,12 +153,13 @@ void Team::launch(int num_threads, void (*step)(void* context, Team& team), void
 }
 
 void Team::run(const Phase& phase) {
-  // The old phase is closed before the new one is described: a helper that still looks at it finds nothing to take.
+  // The old phase is closed before the new one is described: a helper that still looks at it finds nothing to take. One
+  // that has seen the new number of tasks has seen this too, so it cannot take a task of the old phase by that number.
   const uint64_t number = ticket_.load(std::memory_order_relaxed) >> kTaskBits;
   ticket_.store((number << kTaskBits) | kTaskMask, std::memory_order_relaxed);
   phase_ = phase;
   num_done_.store(0, std::memory_order_relaxed);
-  num_tasks_.store(phase.num_tasks, std::memory_order_relaxed);
+  num_tasks_.store(phase.num_tasks, std::memory_order_release);
   ticket_.store((number + 1) << kTaskBits, std::memory_order_release);
   take_tasks(number + 1, 0);
   wait_until_done(phase.num_tasks);
@@ -169,7 +170,7 @@ void Team::take_tasks(uint64_t number, int thread) {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   while (ticket >> kTaskBits == number) {
     const auto index = static_cast<int64_t>(ticket & kTaskMask);
-    if (index >= num_tasks_.load(std::memory_order_relaxed)) return;
+    if (index >= num_tasks_.load(std::memory_order_acquire)) return;
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
     // The task is ours and its phase cannot end before it is done, so the phase may be read.
     do_task(index, thread);

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _validate, checkpoint, dense, mapped_table, replay, update
+from . import _interrupts, _validate, checkpoint, dense, mapped_table, replay, update
 from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
@@ -437,12 +437,13 @@ class SparseAdam(torch.optim.Optimizer):
         updates, dense_updates = self._gather_updates(options)
         if updates:
             self._before_steps(updates)
-            try:
-                update.update_rows(updates, self._backend, strict=self._strict)
-            finally:  # an interrupted step is kept as far as it came
-                for each in updates:
-                    if each.is_done():
-                        self.state[each.table] = each.moments
+            with _interrupts.held():
+                try:
+                    update.update_rows(updates, self._backend, strict=self._strict)
+                finally:  # what was stepped is kept, whatever came after it
+                    for each in updates:
+                        if each.is_done():
+                            self.state[each.table] = each.moments
         for done in updates:
             if replay.is_flush_due(done.moments):
                 # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
@@ -702,9 +703,11 @@ class SparseAdam(torch.optim.Optimizer):
                     behind.append((table, moments, place))
         with replay.TURNS:
             for table, moments, place in behind:
-                self._bring_up_to_date(table, moments, place, options[place.group_index])
-                self.state[table] = moments
+                with _interrupts.held():
+                    self._bring_up_to_date(table, moments, place, options[place.group_index])
+                    self.state[table] = moments
 
+    @_interrupts.held()
     def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         if self._is_in_files(table):
             self._before_writing_all(table, moments)
@@ -713,11 +716,13 @@ class SparseAdam(torch.optim.Optimizer):
         else:
             self._pay_decay(table, moments, place, options)
 
+    @_interrupts.held()
     def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         rounds = options.stochastic_rounding
         update.pay_decay(table, moments, place, options.seed or 0, stochastic_rounding=rounds)
 
     @_outside_inference_mode
+    @_interrupts.held()
     def forget(self, param: Tensor, rows: Tensor) -> None:
         """Take from rows of a table all that is kept for them, as for rows given to a new owner.
 
@@ -754,6 +759,7 @@ class SparseAdam(torch.optim.Optimizer):
             dense.forget(kept, rows)
 
     @_outside_inference_mode
+    @_interrupts.held()
     def resize(self, param: Tensor, num_rows: int) -> None:
         """Give a table more rows, or fewer: ``param`` stays the same object, with other memory and another shape.
 

@@ -139,7 +139,7 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
             reference.update_rows(updates_of["reference"], summed)
         for visit in visits:
             host.bring_back(visit)
-    finally:  # a KeyboardInterrupt comes when native code has returned, and its step is taken
+    finally:  # tables that were stepped before something went wrong have taken the step
         for update in updates:
             history = update.moments.history
             if history is not None and update.is_done():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from .. import _validate, rounding
+from .. import _interrupts, _validate, rounding
 from .._validate import Place
 from ..history import BETA1, BETA2, EPS, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
 from ..moments import Moments, StateLayout
@@ -252,6 +252,7 @@ def rows_behind(moments: Moments, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@_interrupts.held()
 def catch_up(read: RowsRead) -> None:
     """Take the rows that are about to be read through the steps that their weights have yet to take, one by one.
 

@@ -1,0 +1,141 @@
+"""Ctrl-C in the middle of what is written in more than one go: it takes effect when rows and their state agree."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from snapshot import snapshot
+from torch import nn
+
+from sparseadam import SparseAdam, _interrupts, replay
+from sparseadam.update import reference
+
+ROWS, WIDTH = 24, 3
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "exact": {"weight_decay": 0.1, "weight_decay_mode": "exact"},
+    "replay": {"weight_decay": 0.1, "missed_steps": "replay"},
+}
+
+
+def trained(options: dict[str, Any]) -> tuple[nn.Parameter, SparseAdam]:
+    """Return a table and its optimizer after two steps, with a gradient for the third."""
+    table = nn.Parameter(torch.ones(ROWS, WIDTH))
+    optimizer = SparseAdam([table], lr=0.1, backend="reference", **options)
+    for step in range(3):
+        rows = torch.arange(step, ROWS, 5)
+        if "missed_steps" in options:
+            optimizer.catch_up(table, rows)
+        table.grad = torch.sparse_coo_tensor(
+            rows[None], torch.ones(len(rows), WIDTH), table.shape, check_invariants=True
+        )
+        if step < 2:
+            optimizer.step()
+    return table, optimizer
+
+
+def interrupting(write: Callable[..., None]) -> Callable[..., None]:
+    """Return the same with a Ctrl-C after each call."""
+
+    def wrapper(*arguments: Any) -> None:
+        write(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tables are written a stretch of rows at a time: several of them here."""
+    monkeypatch.setattr(reference, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(replay, "_ROWS_AT_ONCE", 4)
+
+
+def resize(table: nn.Parameter, optimizer: SparseAdam) -> None:
+    """Give a table six rows more; it must not have a gradient."""
+    table.grad = None
+    optimizer.resize(table, ROWS + 6)
+
+
+ACTS: dict[str, Callable[[nn.Parameter, SparseAdam], Any]] = {
+    "step": lambda table, optimizer: optimizer.step(),
+    "flush": lambda table, optimizer: optimizer.flush(),
+    "forget": lambda table, optimizer: optimizer.forget(table, torch.tensor([1, 7])),
+    "resize": resize,
+    "catch_up": lambda table, optimizer: optimizer.catch_up(table, torch.tensor([0, 5, 23])),
+}
+# Those that write to the table.
+WRITES = [
+    ("step", "defaults"),
+    ("step", "exact"),
+    *((act, "exact") for act in ("flush", "resize")),
+    *((act, "replay") for act in ("flush", "resize", "forget", "catch_up")),
+]
+
+
+@pytest.mark.parametrize(("act", "options"), WRITES, ids=["-".join(names) for names in WRITES])
+def test_ctrl_c_waits_until_rows_and_their_state_agree(act: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, got = trained(OPTIONS[options]), trained(OPTIONS[options])
+    ACTS[act](*expected)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "_write_table", interrupting(reference._write_table))
+        ACTS[act](*got)
+    assert snapshot(got[1]) == snapshot(expected[1])
+
+
+def test_ctrl_c_takes_effect_between_two_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(2)]
+    optimizer = SparseAdam(tables, lr=0.1, backend="reference", **OPTIONS["exact"])
+    for table in tables:
+        table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, WIDTH), table.shape, check_invariants=True)
+    optimizer.step()
+    before = [table.detach().clone() for table in tables]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "_write_table", interrupting(reference._write_table))
+        optimizer.flush()
+    assert torch.allclose(tables[0][2:], before[0][2:] * (1 - 0.1 * 0.1))
+    assert torch.equal(tables[1], before[1])
+    optimizer.flush()
+    assert torch.equal(tables[0], tables[1])
+
+
+def test_the_handler_of_the_program_is_called_once_and_stays() -> None:
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        with _interrupts.held(), _interrupts.held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert not heard
+        assert heard == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("ignoring", [signal.SIG_IGN, signal.SIG_DFL])
+def test_what_python_does_not_handle_is_left_alone(ignoring: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGINT, ignoring)
+    try:
+        with _interrupts.held():
+            assert signal.getsignal(signal.SIGINT) is ignoring
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_threads_that_hear_of_no_signals_step_as_well() -> None:
+    table, optimizer = trained(OPTIONS["exact"])
+    expected_table, expected = trained(OPTIONS["exact"])
+    expected.step()
+    expected.flush()
+    thread = threading.Thread(target=lambda: (optimizer.step(), optimizer.flush()))
+    thread.start()
+    thread.join()
+    assert torch.equal(table, expected_table)
+    assert snapshot(optimizer) == snapshot(expected)
