@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", choices=[case.name for case in CASES], default="zipf", help="case to step")
-    parser.add_argument("--rounds", type=int, help="rounds; otherwise what ten seconds allow")
+    parser.add_argument("--rounds", type=int, help="rounds; otherwise what twenty seconds allow")
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

@@ -23,7 +23,7 @@ LIMITS = {"one_table": 20.0, "further_table": 2.0}
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, help="rounds; otherwise what ten seconds allow")
+    parser.add_argument("--rounds", type=int, help="rounds; otherwise what twenty seconds allow")
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

@@ -25,7 +25,7 @@ STYLES = {
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--largest", type=int, default=8, help="rows of the largest table, as a power of ten")
-    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what ten seconds allow")
+    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what twenty seconds allow")
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

@@ -48,7 +48,7 @@ class OnThreads:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help=f"otherwise {', '.join(LARGE)}")
-    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what ten seconds allow")
+    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what twenty seconds allow")
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

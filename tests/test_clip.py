@@ -464,8 +464,38 @@ def test_nans_stay_when_values_are_clamped() -> None:
 
 
 def test_clipping_values_of_nothing_does_nothing() -> None:
-    for parameters in ([], [Parameter(torch.ones(2))], (p for p in [])):
+    param = Parameter(torch.full((2,), 5.0))
+    for parameters in ([], [param], (p for p in [])):
         clip_grad_value_(parameters, 1.0)
+    assert param.grad is None
+    assert param.tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "pattern"),
+    [
+        ((-1.0,), ValueError, r"Invalid max_norm: -1\.0\. max_norm must be at least 0\."),
+        ((math.nan,), ValueError, "Invalid max_norm: nan"),
+        (("1.0",), TypeError, "max_norm must be a number or a one-element Tensor, got str"),
+        ((1.0, "two"), TypeError, "norm_type must be a number or a one-element Tensor, got str"),
+    ],
+)
+def test_a_norm_that_cannot_be_one_is_refused(arguments: Any, error: type[Exception], pattern: str) -> None:
+    params = [with_grad(torch.ones(2)), with_grad(coo([1], [[5.0]], (3, 1)))]
+    with pytest.raises(error, match=pattern):
+        clip_grad_norm_(params, *arguments)
+    assert grad_of(params[0]).tolist() == [1.0, 1.0]
+    assert grad_of(params[1])._values().tolist() == [[5.0]]
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "norm_type"), [(torch.tensor(2.0), math.inf), (2, "inf"), (2.0, torch.tensor(math.inf))]
+)
+def test_norms_are_given_as_pytorch_takes_them(max_norm: Any, norm_type: Any) -> None:
+    params = [with_grad(torch.tensor([1.0, -4.0])), with_grad(coo([1], [[2.0]], (3, 1)))]
+    assert clip_grad_norm_(params, max_norm, norm_type) == 4.0
+    assert torch.allclose(grad_of(params[0]), torch.tensor([0.5, -2.0]))
+    assert torch.allclose(grad_of(params[1])._values(), torch.tensor([[1.0]]))
 
 
 @pytest.mark.parametrize(

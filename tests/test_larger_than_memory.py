@@ -15,7 +15,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -341,6 +340,9 @@ def test_rows_and_tables_that_do_not_go_together_are_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="module 'inner' has a max_norm"):
         embedding = nn.Embedding.from_pretrained(table, freeze=False, max_norm=1.0)
         initialize_on_read(nn.ModuleDict({"inner": embedding}))
+    model = nn.ModuleList([nn.Embedding.from_pretrained(table, freeze=False)])
+    model.max_norm = 1.0  # for clipping, say: a model's own, which has no weight
+    initialize_on_read(model).remove()
     with pytest.raises(ValueError, match="is a part or another view of the memory-mapped table"):
         SparseAdam([nn.Parameter(table[:4])], moment_dir=tmp_path / "moments")
 
@@ -754,7 +756,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], number: int
                 failed.append(name)
                 if name in ("write", "pwrite"):
                     original(args[0], args[1][: len(args[1]) // 2], *args[2:])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                # As the system does, which names a file where it is given one by name.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *args[:1] if name == "open" else ())
             return original(*args, **options)
 
         monkeypatch.setattr(os, name, partial(call, name=name, original=getattr(os, name)))
@@ -846,24 +849,32 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
     training.step(2)
     training.optimizer.checkpoint()
     committed = 2
+    replaced = 0
     for number in itertools.count():
         training.step(1)
         num_steps = training.num_steps
         with monkeypatch.context() as patch:
             failed = fail_at(patch, ("open", "write", "fsync", "replace"), number)
-            with suppress(OSError):
+            message = ""
+            try:
                 training.optimizer.checkpoint()
+            except OSError as error:
+                message = str(error)
         if not failed:
             break
+        assert str(tmp_path) in message
         assert training.everything() == in_memory(num_steps)
         if ends:
             del training
             training = Training(tmp_path)
-            # What failed may have been the last fsync, after commit.json was replaced.
-            assert training.num_steps in (committed, num_steps)
-            committed = training.num_steps
+            # What failed may have been the last fsync, after commit.json was replaced: the message tells.
+            if "has been replaced, but the disk may not have that yet" in message:
+                committed = num_steps
+                replaced += 1
+            assert training.num_steps == committed
             assert training.everything() == in_memory(committed)
     assert number > 10
+    assert (replaced > 0) == ends
     del training
     assert Training(tmp_path).everything() == in_memory(num_steps)
 

@@ -536,7 +536,7 @@ def test_state_takes_as_much_as_its_rows_after_each_call(backend: str) -> None:
 
 WORDS = r"'words' \(group 1, parameter 0\)"
 NO_ROWS = rf"^rows of {WORDS} must be a one-dimensional torch\.int64 tensor, got {{}}\.$"
-OUTSIDE = rf"^row {{}} is outside the 12 rows of {WORDS}\. Nothing was changed\.$"
+OUTSIDE = rf"^row {{}} is outside the 12 rows of {WORDS}, numbered from 0\. Nothing was changed\. Check the row"
 STRANGER = "not one of this optimizer's"
 
 

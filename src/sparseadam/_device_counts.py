@@ -33,7 +33,9 @@ class DeviceCounts:
     def __init__(self, num_slots: int, num_skipped: int, device: torch.device) -> None:
         """Start from what the host has counted."""
         self.tensor = torch.tensor((num_slots, num_skipped), dtype=torch.int64, device=device)
-        self._arrived = torch.tensor((num_slots, num_skipped), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._arrived = torch.tensor(
+            (num_slots, num_skipped), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+        )
         self._num_slots_known = num_slots
         self._lookups_since = 0
         self._copying: Event | None = None

@@ -404,6 +404,19 @@ def check_generator(generator: object) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
 
 
+def check_max_norm(value: object) -> float:
+    """Return ``max_norm`` as a float in [0, inf]."""
+    max_norm = _as_number(value, "max_norm")
+    if not max_norm >= 0.0:
+        raise ValueError(f"Invalid max_norm: {max_norm}. max_norm must be at least 0.")
+    return max_norm
+
+
+def check_norm_type(value: object) -> float:
+    """Return ``norm_type`` as a float, whatever it is; PyTorch's ``"inf"`` too."""
+    return math.inf if value == "inf" else _as_number(value, "norm_type")
+
+
 def check_clip_value(value: object) -> float:
     """Return ``clip_value`` as a float in [0, inf]."""
     clip_value = _as_number(value, "clip_value")
@@ -506,7 +519,10 @@ def check_row_range(rows: Tensor, num_rows: int, place: Place | str) -> None:
 def row_range_error(rows: Tensor, num_rows: int, place: Place | str) -> IndexError:
     """Make the error for rows of which at least one is outside a table."""
     first = rows[(rows < 0) | (rows >= num_rows)][0]
-    return IndexError(f"row {int(first)} is outside the {num_rows} rows of {place}. Nothing was changed.")
+    return IndexError(
+        f"row {int(first)} is outside the {num_rows} rows of {place}, numbered from 0. Nothing was changed. Check the "
+        "row numbers, or build the table with more rows."
+    )
 
 
 def check_resize(param: Tensor, num_rows: object, place: Place) -> None:
@@ -691,16 +707,20 @@ def moment_dtype_error(place: Place, found: torch.dtype, table_dtype: torch.dtyp
     )
 
 
+# Which option shapes what of a state.
+OPTION_OF_LAYOUT = {
+    "stored_dtype": "moment_dtype",
+    "one_exp_avg_sq_a_row": "second_moment",
+    "amsgrad": "amsgrad",
+    "row_steps": "bias_correction",
+    "owes_decay": "weight_decay_mode",
+    "replays": "missed_steps",
+}
+
+
 def _changed_options(found: StateLayout, wanted: StateLayout) -> str:
-    options = {
-        "stored_dtype": "moment_dtype",
-        "one_exp_avg_sq_a_row": "second_moment",
-        "amsgrad": "amsgrad",
-        "row_steps": "bias_correction",
-        "owes_decay": "weight_decay_mode",
-        "replays": "missed_steps",
-    }
-    return ", ".join(options[name] for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name))
+    changed = [name for name in StateLayout._fields if getattr(found, name) != getattr(wanted, name)]
+    return ", ".join(OPTION_OF_LAYOUT[name] for name in changed)
 
 
 def layout_change_error(place: Place, found: StateLayout, wanted: StateLayout) -> RuntimeError:
@@ -857,6 +877,15 @@ def file_error(path: str, problem: str, error: Exception) -> OSError:
     number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return OSError(number, f"{path!r} {problem}: {reason}. What was committed before is as it was.")
+
+
+def replaced_file_error(path: str, error: OSError) -> OSError:
+    """Make the error for a file that is the new one already, of which the disk may not know yet."""
+    return OSError(
+        error.errno,
+        f"{path!r} has been replaced, but the disk may not have that yet: {error.strerror}. The new one stands, unless "
+        "the machine stops before the disk has taken it. Save again once the disk is well.",
+    )
 
 
 def disk_full_error(path: str, num_bytes: int, error: OSError) -> OSError:

@@ -45,8 +45,8 @@ def clip_grad_norm_(
     Args:
         parameters: parameters of any shape, or a single one; those whose gradient is None are passed over. Sparse
             gradients are float32, float64, bfloat16 or float16, with any ``sparse_dim``.
-        max_norm: the largest norm that is left as it is.
-        norm_type: :math:`p`, any number or ``inf``.
+        max_norm: the largest norm that is left as it is; at least 0.
+        norm_type: :math:`p`, any number or ``inf``, ``"inf"`` too.
         error_if_nonfinite: raise where the total norm is infinite or NaN; otherwise the gradients are multiplied by
             what the formula gives then, 0 or NaN.
         foreach: how *dense* gradients are gone through, as in PyTorch; sparse ones are always taken one by one.
@@ -61,6 +61,8 @@ def clip_grad_norm_(
         RuntimeError: a gradient that is neither dense nor COO, or is sparse and of another dtype; a total norm that
             is not finite, with ``error_if_nonfinite``. No gradient has been changed.
         IndexError: a row outside its table. No gradient has been changed.
+        ValueError: ``max_norm`` is negative, which would turn gradients round, or NaN.
+        TypeError: ``max_norm`` or ``norm_type`` is not a number.
 
     Example:
         >>> table = torch.nn.Parameter(torch.zeros(10, 2))
@@ -72,7 +74,8 @@ def clip_grad_norm_(
         Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural networks*, 2013, Algorithm 1,
         https://arxiv.org/abs/1211.5063; the :math:`10^{-6}` is PyTorch's.
     """
-    max_norm, norm_type = float(max_norm), float(norm_type)
+    max_norm = _validate.check_max_norm(max_norm)
+    norm_type = _validate.check_norm_type(norm_type)
     params = _as_list(parameters)
     if isinstance(parameters, types.GeneratorType) and not params:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)

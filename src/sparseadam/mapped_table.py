@@ -326,7 +326,8 @@ def initialize_on_read(model: nn.Module) -> Hooks:
     if not tables:
         raise _validate.no_mapped_table_error()
     for name, module in model.named_modules():
-        if getattr(module, "max_norm", None) is not None and any(module.weight is table for table in tables):
+        weight = getattr(module, "weight", None)
+        if getattr(module, "max_norm", None) is not None and any(weight is table for table in tables):
             raise _validate.max_norm_error(name)
     for table in tables:
         mapped = find(table)

@@ -357,7 +357,8 @@ class SparseAdam(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: the optimizer has no ``moment_dir``, or a table that changed under its moments.
-            OSError: the disk could not take it. The commit before stands, and the run can go on.
+            OSError: the disk could not take it. The run can go on, and the commit before stands, unless the message
+                says that the new one does.
         """
         if self._directory is None:
             raise _validate.no_directory_error()

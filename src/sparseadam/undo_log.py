@@ -206,7 +206,7 @@ def write_commit(directory: str, content: Mapping[str, Any]) -> None:
     """Replace ``commit.json``, at once and on the disk.
 
     Raises:
-        OSError: the disk could not take it; the old one stands, unless the message says that the new one does.
+        OSError: the disk could not take it. The old one stands, unless the message says that the new one does.
     """
     path = os.path.join(directory, COMMIT_FILE)
     text = json.dumps({"magic": COMMIT_MAGIC, "version": VERSION, **content}, indent=1).encode()
@@ -221,7 +221,10 @@ def replace_file(path: str, content: bytes) -> None:
             write_whole(file.fileno(), content)
             os.fsync(file.fileno())
         os.replace(fresh, path)
-    sync_directory(os.path.dirname(path))
+    try:
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        raise _validate.replaced_file_error(path, error) from None
 
 
 def write_whole(fd: int, content: bytes | memoryview) -> None:
@@ -233,11 +236,13 @@ def write_whole(fd: int, content: bytes | memoryview) -> None:
 
 def sync_directory(path: str) -> None:
     """Wait until the disk has a directory's names."""
-    fd = os.open(path or ".", os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    path = path or "."
+    with naming(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 @contextmanager

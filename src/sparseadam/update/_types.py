@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import _validate
 from .._validate import GroupOptions, Place
 from ..moments import Moments, StateLayout
 
@@ -54,7 +55,8 @@ LAYOUT_ON_DEVICES = frozenset({"stored_dtype", "one_exp_avg_sq_a_row", "amsgrad"
 def layout_refusal(layout: StateLayout) -> str | None:
     """Say what of a state's layout only the native and the reference backend keep, or None where there is nothing."""
     unknown = [name for name in layout._fields if name not in LAYOUT_ON_DEVICES and getattr(layout, name)]
-    return f"it does not keep what the state has of {', '.join(unknown)}" if unknown else None
+    options = ", ".join(_validate.OPTION_OF_LAYOUT[name] for name in unknown)
+    return f"it does not keep what a state has with the option {options}" if unknown else None
 
 
 class RowUpdate(NamedTuple):
