@@ -642,6 +642,8 @@ def test_hooks_run_once_for_a_subclass_with_a_step_of_its_own(backend: str, wrap
 # State made in inference mode could not be updated outside of it.
 @pytest.mark.parametrize("options", [{}, {"dense_gradients": "adam"}, {"missed_steps": "replay", "weight_decay": 0.1}])
 def test_steps_and_reads_in_inference_mode_are_as_any_others(backend: str, options: dict[str, Any]) -> None:
+    if backend == "triton" and "missed_steps" in options:
+        pytest.skip("its kernels refuse to replay missed steps")
     model, twin = Model(), Model()
     for each in (model, twin):
         each.bias = nn.Parameter(torch.zeros(3))
@@ -686,6 +688,8 @@ def test_a_parameter_made_in_inference_mode_is_refused_before_anything_is_writte
 )
 def test_tables_on_the_cpu_do_not_care_for_the_default_device(backend: str, options: dict[str, Any]) -> None:
     """As where everything else of a model is on a GPU; the meta device stands for one."""
+    if backend == "triton" and "missed_steps" in options:
+        pytest.skip("its kernels refuse to replay missed steps")
     results = []
     for device in ("cpu", "meta"):
         torch.manual_seed(0)
