@@ -1016,19 +1016,28 @@ def test_a_dense_gradient_wants_the_whole_table_up_to_date(backend: str) -> None
     torch.testing.assert_close(setting.table, dense)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_dense_gradient_wants_rows_that_only_decay_up_to_date_too(backend: str, weight_decay: float) -> None:
-    """All rows that were ever touched are; the others have missed the decay, where there is one."""
+def up_to_date_where_touched(backend: str, weight_decay: float) -> Setting:
+    """Return a setting with all rows up to date that were ever touched, and a dense gradient."""
     setting = behind(backend, weight_decay=weight_decay, dense_gradients="adam")
     setting.optimizer.catch_up(setting.table, torch.arange(10))
     setting.table.grad = torch.ones(20, 6)
-    if weight_decay == 0.0:
-        setting.optimizer.step()
-        return
+    return setting
+
+
+def test_a_dense_gradient_wants_rows_that_only_decay_up_to_date_too(backend: str) -> None:
+    setting = up_to_date_where_touched(backend, 0.1)
     before = snapshot(setting.optimizer)
     with pytest.raises(RuntimeError, match="is dense, and rows of it are behind"):
         setting.optimizer.step()
     assert snapshot(setting.optimizer) == before
+
+
+def test_a_dense_gradient_does_not_mind_rows_that_have_missed_nothing(backend: str) -> None:
+    setting = up_to_date_where_touched(backend, 0.0)
+    before = setting.table.detach().clone()
+    setting.optimizer.step()
+    assert (setting.table != before).all()
+    assert setting.optimizer.state[setting.table]["exp_avg"].shape == (20, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -92,7 +92,7 @@ def launches_of(update: RowUpdate, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     monkeypatch.setattr(triton, "_launch", note)
     update.moments.make_room(update.num_lookups)
     touched = triton.check_rows([update], strict=True)
-    triton.update_rows(touched, [update])
+    triton.update_rows([update], touched)
     return launches
 
 

@@ -1,4 +1,4 @@
-"""Checks of what users pass in; every message that a user can see is born here.
+"""Checks of what users pass in; messages that a user can see are born here, but for those of a state as a mapping.
 
 Messages say what is wrong with the value found, what is required, and what to do. Where PyTorch has a message for the
 same fault, ours begins with PyTorch's words, so that code matching on them keeps working.
@@ -788,6 +788,31 @@ def host_moments_error(place: Place, reason: str) -> RuntimeError:
 def missing_backend_error(backend: str, reason: str) -> ImportError:
     """Make the error for a named backend that this installation lacks."""
     return ImportError(f'backend="{backend}" is not available: {reason}. Or pass backend="reference".')
+
+
+def num_groups_error(num_saved: int, num_groups: int) -> ValueError:
+    """Make the error for a checkpoint with another number of groups."""
+    return ValueError(
+        f"loaded state dict has a different number of parameter groups: {num_saved}, and the optimizer has "
+        f"{num_groups}. The optimizer is unchanged. Build it with the groups that were saved."
+    )
+
+
+def group_size_error(group_index: int, num_saved: int, num_parameters: int) -> ValueError:
+    """Make the error for a checkpoint with another number of parameters in a group."""
+    return ValueError(
+        "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+        f"{num_saved} parameters for the {num_parameters} of group {group_index}. The optimizer is unchanged. Build it "
+        "with the parameters that were saved."
+    )
+
+
+def not_torchs_error(group_index: int, options: str) -> ValueError:
+    """Make the error for a state that PyTorch's SparseAdam cannot carry on."""
+    return ValueError(
+        f"torch.optim.SparseAdam has no {options}, which parameter group {group_index} uses. Save with state_dict(), "
+        "and keep parameters that are torch.optim.AdamW's in groups without tables."
+    )
 
 
 def checkpoint_error(place: Place | str, problem: str) -> ValueError:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _validate
 from ._validate import GROUP_OPTIONS, SEED, GroupOptions, Place, check_state_dict_type, checkpoint_error, shape_text
 from .moments import CLOCKS, LARGEST_CLOCK, Moments, StateLayout, moment_dtype
 
@@ -90,10 +91,7 @@ def check_torch_group(options: GroupOptions, group_index: int) -> None:
     }
     found = ", ".join(option for option, is_set in lacking.items() if is_set)
     if found:
-        raise ValueError(
-            f"torch.optim.SparseAdam has no {found}, which parameter group {group_index} uses. Save with state_dict(), "
-            "and keep parameters that are torch.optim.AdamW's in groups without tables."
-        )
+        raise _validate.not_torchs_error(group_index, found)
 
 
 def torch_group(packed: Mapping[str, Any], *, for_adam: bool) -> dict[str, Any]:

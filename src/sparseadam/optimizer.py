@@ -133,8 +133,9 @@ class SparseAdam(torch.optim.Optimizer):
             :class:`torch.optim.AdamW` whatever ``weight_decay_mode`` says. Weights take all of it when they are read,
             and the steps on their own gradients too. Needs :meth:`attach` (or :meth:`catch_up`) and, before weights
             are read or written directly, :meth:`flush`; 8 bytes a touched row and the numbers of each step. Not with
-            ``amsgrad``, ``moment_dtype``, ``bias_correction="row"`` or ``second_moment="row"``, and only with betas of
-            which the first is below the root of the second.
+            ``amsgrad``, ``moment_dtype``, ``bias_correction="row"``, ``second_moment="row"`` or ``backend="triton"``,
+            nor with ``moment_device="cpu"`` for tables that are elsewhere, and only with betas of which the first is
+            below the root of the second.
         moment_dir: a directory to keep the moments of tables in, in files, for moments larger than memory and for runs
             that go on after they were killed: :meth:`checkpoint` commits tables and moments together. With a new or
             empty directory the optimizer starts anew and commits what it is given; with one that has a commit it goes
@@ -153,8 +154,9 @@ class SparseAdam(torch.optim.Optimizer):
 
     Raises:
         ValueError: a number outside its range, options that exclude each other, an unknown ``backend``, or a sparse,
-            complex or integer table; or a ``moment_dir`` that is something else's, or whose commit was made with other
-            parameters or options.
+            complex or integer table; a ``moment_dir`` that is something else's, or whose commit was made with other
+            parameters or options; or a memory-mapped table of which only a part is given, or that goes with a
+            ``moment_dir`` that was not given.
         TypeError: an argument of the wrong type.
         ImportError: ``backend`` names one that this installation lacks; the message gives the reason.
         FileNotFoundError: a file of ``moment_dir`` is gone, or the directory that it is to be in.
@@ -284,7 +286,8 @@ class SparseAdam(torch.optim.Optimizer):
             param_group: ``params`` and, where they differ from the defaults, the group's options.
 
         Raises:
-            ValueError: an option outside its range or not supported, or a table that is sparse, complex or integer.
+            ValueError: an option outside its range or not supported; a table that is sparse, complex or integer; or a
+                memory-mapped table of which only a part is given, or that goes with a ``moment_dir`` of another.
             TypeError: an option of the wrong type.
             RuntimeError: there is a ``moment_dir``, and :meth:`checkpoint` would raise one. No group is added.
             OSError: the disk could not take the commit.
@@ -393,12 +396,15 @@ class SparseAdam(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient of rows that are behind (``missed_steps="replay"``); one that is dense (or is,
-                with ``dense_gradients="adam"``, in a group with an option for tables only), of a layout other than
-                COO, or not of its table's shape, dtype or device; a table that changed under its moments; or one that
-                the named backend cannot update.
+            RuntimeError: a gradient of rows that are behind (``missed_steps="replay"``) or that were read before they
+                had their initial values (:func:`initialize_on_read`); one that is dense (or is, with
+                ``dense_gradients="adam"``, in a group with an option for tables only), of a layout other than COO, or
+                not of its table's shape, dtype or device; one that is not finite, with ``nonfinite="error"``; a table
+                that changed under its moments, or has taken as many steps as can be counted; or one that the named
+                backend cannot update.
             IndexError: a row outside its table.
             ValueError: an option of a group has been set outside its range.
+            OSError: no room on the disk for tables or moments in files.
         """
         loss = None
         if closure is not None:
@@ -645,6 +651,7 @@ class SparseAdam(torch.optim.Optimizer):
                 many dimensions of the table name a row, only numbers beyond its elements are known to be outside.
             RuntimeError: the table has another shape than its moments were made for, or cannot be updated by the
                 backend that was named. Nothing has been changed.
+            OSError: no room on the disk for tables or moments in files. Nothing has been changed.
         """
         place = self._place_of(param)
         if not self._catch_up(place, param, rows):
@@ -687,6 +694,7 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             RuntimeError: a table has another shape than its moments were made for. Nothing has been changed.
             ValueError: an option of a group has been set outside its range. Nothing has been changed.
+            OSError: no room on the disk for tables or moments in files. Tables before are up to date.
         """
         self._flush(lambda layout: layout.owes_decay or layout.replays)
 
@@ -739,6 +747,7 @@ class SparseAdam(torch.optim.Optimizer):
             ValueError: ``param`` is not this optimizer's.
             TypeError: ``rows`` is not an int64 tensor of one dimension.
             IndexError: a row outside the table; before its first gradient, one beyond its elements.
+            OSError: no room on the disk for tables or moments in files. Nothing has been changed.
         """
         place = self._place_of(param)
         options = _validate.check_group(place.group, place.group_index)
@@ -916,20 +925,12 @@ class SparseAdam(torch.optim.Optimizer):
     def _read_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the groups as a checkpoint sets them, checked; the parameters are this optimizer's."""
         if len(saved_groups) != len(self.param_groups):
-            raise ValueError(
-                "loaded state dict has a different number of parameter groups: "
-                f"{len(saved_groups)}, and the optimizer has {len(self.param_groups)}. "
-                "The optimizer is unchanged."
-            )
+            raise _validate.num_groups_error(len(saved_groups), len(self.param_groups))
         groups = []
         for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             num_saved = len(saved.get("params", ()))
             if num_saved != len(group["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                    f"{num_saved} parameters for the {len(group['params'])} of group {group_index}. "
-                    "The optimizer is unchanged."
-                )
+                raise _validate.group_size_error(group_index, num_saved, len(group["params"]))
             groups.append(checkpoint.read_group(saved, group, self.defaults))
             self._draw_seed(groups[-1])
             _validate.check_group(groups[-1], group_index)

@@ -1,6 +1,6 @@
 """What the ranks of a group say to each other about one sharded table: ids there, rows back, and gradients there.
 
-A lookup is four or five messages of every rank to every other:
+A lookup is five messages of every rank to every other:
 
     forward    places and counts  ->  ids     ->  rows
     backward   places             ->  gradients of those rows
@@ -106,7 +106,6 @@ class Exchange:
         facts: numbers that must be the same on all ranks, by name, for an error to name.
         rows_per_rank: rows of each shard but the last ones.
         device: where the table is, and so what travels.
-        dtype: of what travels for ids.
     """
 
     def __init__(

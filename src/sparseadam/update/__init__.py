@@ -1,7 +1,9 @@
 """The update of rows, and the only chooser among its backends.
 
-Every backend exports ``update_rows(updates)`` with the same meaning: sum each row's lookups, give slots to new rows,
-update moments and table in place.
+Every backend exports ``update_rows(updates, ...)`` with the same meaning: sum each row's lookups, give slots to new
+rows, update moments and table in place. One that cannot find what is wrong with a gradient before its first row is written
+exports ``check_rows(updates)`` too, called for the tables of all backends before, and is given what that returned; one
+that cannot update every table exports ``prepare(update)``, which says why not.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ def update_rows(updates: Sequence[RowUpdate], backend: str | None, *, strict: bo
         if updates_of["native"]:
             native.update_rows(updates_of["native"])
         if updates_of["triton"]:
-            triton.update_rows(touched, updates_of["triton"])
+            triton.update_rows(updates_of["triton"], touched)
         if updates_of["reference"]:
             reference.update_rows(updates_of["reference"], summed)
         for visit in visits:

@@ -2,7 +2,7 @@
 
 This is the only caller of the native module, which takes addresses: here it is made sure that what stands at them is
 what it updates in place: strided CPU memory of a dtype it knows, each row's elements adjacent, contiguous lookups
-(``gradient.read_lookups`` gives no others), and room for every slot that the step can need.
+(the optimizer gives no others), and room for every slot that the step can need.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def _check_finite(touched: TouchedRows) -> None:
 
 
 @torch.no_grad()
-def update_rows(touched: Sequence[TouchedRows], updates: Sequence[RowUpdate]) -> None:
+def update_rows(updates: Sequence[RowUpdate], touched: Sequence[TouchedRows]) -> None:
     """Update in place the touched rows of each table, listed by ``check_rows``, and the moments of all ``updates``."""
     for rows in touched:
         _update_table(rows)
