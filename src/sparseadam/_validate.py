@@ -629,6 +629,15 @@ def mismatch_error(place: Place, what: str, found: object, wanted: object) -> Ru
     )
 
 
+def grad_dtype_error(place: Place, found: torch.dtype, wanted: torch.dtype) -> RuntimeError:
+    """Make the error for a gradient whose dtype is as the parameter's ``grad_dtype`` asks, and not the parameter's."""
+    return RuntimeError(
+        f"the gradient of {place} has dtype {found}, as its grad_dtype asks, and the parameter has dtype {wanted}. "
+        f"Call zero_grad(), set grad_dtype to {wanted} and run the backward pass again: lookups of half-precision "
+        "tables are summed in float32 anyway."
+    )
+
+
 def values_error(place: Place, found: Sequence[int], wanted: Sequence[int]) -> RuntimeError:
     """Make the error for a hand-made COO gradient whose parts do not fit together."""
     return RuntimeError(
@@ -677,6 +686,14 @@ def clip_layout_error(place: str, layout: torch.layout) -> RuntimeError:
     return RuntimeError(
         f"the gradient of {place} has layout {layout}, but it must be dense or sparse in COO layout. "
         "No gradient was changed. Convert it with grad.to_sparse_coo()."
+    )
+
+
+def clip_inference_error(place: str) -> RuntimeError:
+    """Make the error for a gradient that was made in inference mode, and cannot be written outside of it."""
+    return RuntimeError(
+        f"the gradient of {place} was made in torch.inference_mode() and cannot be changed outside of it. No gradient "
+        "was changed. Make it outside, or clip in that mode too."
     )
 
 
@@ -1038,7 +1055,7 @@ def unannounced_reads_error(path: str, row: int, kind: str) -> RuntimeError:
     )
 
 
-def partial_table_error(place: Place, path: str) -> ValueError:
+def partial_table_error(place: Place | str, path: str) -> ValueError:
     """Make the error for a parameter that is a part of a memory-mapped table."""
     return ValueError(
         f"{place} is a part or another view of the memory-mapped table in {path!r}. Make the parameter of the whole "

@@ -58,8 +58,8 @@ def clip_grad_norm_(
         rounding a norm to bfloat16 is worth up to 0.4 % of every gradient.
 
     Raises:
-        RuntimeError: a gradient that is neither dense nor COO, or is sparse and of another dtype; a total norm that
-            is not finite, with ``error_if_nonfinite``. No gradient has been changed.
+        RuntimeError: a gradient that is neither dense nor COO, is sparse and of another dtype, or was made in inference
+            mode; a total norm that is not finite, with ``error_if_nonfinite``. No gradient has been changed.
         IndexError: a row outside its table. No gradient has been changed.
         ValueError: ``max_norm`` is negative, which would turn gradients round, or NaN.
         TypeError: ``max_norm`` or ``norm_type`` is not a number.
@@ -108,8 +108,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     Raises:
         ValueError: ``clip_value`` is negative, which would give rows a gradient that nobody looked up, or NaN.
         TypeError: ``clip_value`` is not a number.
-        RuntimeError: a gradient that is neither dense nor COO, or is sparse and of another dtype. No gradient has
-            been changed.
+        RuntimeError: a gradient that is neither dense nor COO, is sparse and of another dtype, or was made in inference
+            mode. No gradient has been changed.
         IndexError: a row outside its table. No gradient has been changed.
     """
     clip_value = _validate.check_clip_value(clip_value)
@@ -138,8 +138,8 @@ def coalesce_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
         parameters: as in :func:`clip_grad_norm_`.
 
     Raises:
-        RuntimeError: a gradient that is neither dense nor COO, or is sparse and of another dtype. No gradient has
-            been changed.
+        RuntimeError: a gradient that is neither dense nor COO, is sparse and of another dtype, or was made in inference
+            mode. No gradient has been changed.
         IndexError: a row outside its table. No gradient has been changed.
 
     Example:
@@ -175,6 +175,8 @@ def _checked_gradients(params: Sequence[Tensor]) -> list[Tensor]:
             _check_lookups(grad, place)
         elif grad.layout is not torch.strided:
             raise _validate.clip_layout_error(place, grad.layout)
+        if grad.is_inference() and not torch.is_inference_mode_enabled():
+            raise _validate.clip_inference_error(place)
         grads.append(grad)
     return grads
 

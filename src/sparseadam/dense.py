@@ -103,7 +103,9 @@ def update_parameters(updates: Iterable[tuple[DenseParameter, Tensor | None]], o
     batches: dict[tuple[int, bool], list[DenseUpdate]] = {}
     for dense, grad in updates:
         if grad is not None:
-            batches.setdefault((dense.place.group_index, dense.is_fused), []).append((dense, grad))
+            # PyTorch's foreach and fused operations do not take a view that negates what lies in memory.
+            batch = batches.setdefault((dense.place.group_index, dense.is_fused), [])
+            batch.append((dense, grad.resolve_neg()))
     for (group_index, is_fused), batch in batches.items():
         _update_batch(batch, options[group_index], is_fused)
 
@@ -206,7 +208,7 @@ def forget(state: Mapping[str, Any], rows: Tensor) -> None:
     """Take from rows all that is kept for them; the step is the parameter's."""
     for key, part in state.items():
         if key != "step":
-            part[rows.to(part.device)] = 0
+            (part if part.dim() > 0 else part[None])[rows.to(part.device)] = 0
 
 
 def resized(state: Mapping[str, Any], num_rows: int) -> dict[str, Any]:

@@ -44,13 +44,24 @@ def check_fit(parameter: Tensor, grad: Tensor, place: Place) -> None:
     if grad.shape != parameter.shape:
         raise _validate.mismatch_error(place, "shape", list(grad.shape), list(parameter.shape))
     if grad.dtype is not parameter.dtype:
+        if getattr(parameter, "grad_dtype", parameter.dtype) is not parameter.dtype:
+            raise _validate.grad_dtype_error(place, grad.dtype, parameter.dtype)
         raise _validate.mismatch_error(place, "dtype", grad.dtype, parameter.dtype)
     if grad.device != parameter.device:
         raise _validate.mismatch_error(place, "device", grad.device, parameter.device)
-    if parameter.is_inference():
+    if _is_of_inference_mode(parameter):
         raise _validate.inference_error(place)
     if not parameter.is_contiguous() and _may_share_memory(parameter):
         raise _validate.shared_memory_error(place, parameter.shape, parameter.stride())
+
+
+def _is_of_inference_mode(parameter: Tensor) -> bool:
+    """Whether autograd cannot be told of writes; given other memory, such a parameter is one still, and denies it."""
+    try:
+        parameter._version  # noqa: B018
+    except RuntimeError:
+        return True
+    return parameter.is_inference()
 
 
 def _may_share_memory(parameter: Tensor) -> bool:

@@ -319,10 +319,16 @@ def initialize_on_read(model: nn.Module) -> Hooks:
         A handle; ``remove()`` takes the hooks off.
 
     Raises:
-        ValueError: none of the model's parameters is a memory-mapped table, or a module has a ``max_norm``, which
-            writes to rows that are read.
+        ValueError: none of the model's parameters is a memory-mapped table, one is a part of one, or a module has a
+            ``max_norm``, which writes to rows that are read.
     """
-    tables = [parameter for parameter in model.parameters() if find(parameter) is not None]
+    tables = []
+    for name, parameter in model.named_parameters():
+        mapped = find(parameter)
+        if mapped is not None:
+            if not mapped.is_whole(parameter):
+                raise _validate.partial_table_error(f"parameter {name!r}", mapped.path)
+            tables.append(parameter)
     if not tables:
         raise _validate.no_mapped_table_error()
     for name, module in model.named_modules():

@@ -520,6 +520,8 @@ class Moments(MutableMapping[str, Any]):
         Code that walks an optimizer's state and puts each tensor back (``state[k] = v.to(device)``) thereby works.
         """
         if key in COUNTERS:
+            if key != "log_decay" and not 0 <= value < 2**62:
+                raise ValueError(f"{key} must be at least 0, and less than 2**62, got {value}.")
             setattr(self, key, float(value) if key == "log_decay" else int(value))
             return
         current: Tensor = self[key]

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import copy, deepcopy
+from threading import RLock
 from typing import Any, overload
 
 import torch
@@ -270,9 +271,10 @@ class SparseAdam(torch.optim.Optimizer):
         self._generator = generator
         # Groups are added one by one below; faults of all of them are then reported together.
         self._is_built = False
+        self._turn = RLock()
         super().__init__(params, defaults)
         _validate.check_parameters(self.param_groups)
-        self._check_mapped(self.param_groups, has_directory=moment_dir is not None)
+        self._check_mapped(0, has_directory=moment_dir is not None)
         if moment_dir is not None:
             self._open_directory(moment_dir)
         self._is_built = True
@@ -299,7 +301,7 @@ class SparseAdam(torch.optim.Optimizer):
             _validate.check_group(self.param_groups[-1], group_index)
             if self._is_built:
                 _validate.check_parameters(self.param_groups[-1:], group_index)
-                self._check_mapped(self.param_groups[-1:], has_directory=self._directory is not None)
+                self._check_mapped(group_index, has_directory=self._directory is not None)
                 if self._directory is not None:
                     kept = self._all_kept()
                     self._directory.add([each for each in kept if each.place.group_index == group_index], kept)
@@ -307,11 +309,15 @@ class SparseAdam(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
 
-    def _check_mapped(self, groups: Sequence[Mapping[str, Any]], *, has_directory: bool) -> None:
-        """Refuse a memory-mapped table whose moments are in a directory that this optimizer does not have."""
-        mapped_tables = [mapped_table.find(table) for group in groups for table in group["params"]]
-        for mapped in mapped_tables:
-            if mapped is not None and not has_directory and mapped.pairing is not None:
+    def _check_mapped(self, first_group: int, *, has_directory: bool) -> None:
+        """Refuse parts of memory-mapped tables, and tables whose moments are in a directory that is not given."""
+        for place, table in self._places():
+            mapped = mapped_table.find(table) if place.group_index >= first_group else None
+            if mapped is None:
+                continue
+            if not mapped.is_whole(table):
+                raise _validate.partial_table_error(place, mapped.path)
+            if not has_directory and mapped.pairing is not None:
                 raise _validate.unpaired_optimizer_error(mapped.path, mapped.pairing["path"])
 
     def _open_directory(self, path: str | os.PathLike[str]) -> None:
@@ -410,10 +416,11 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        options = self._read_options()
-        if not self._step_steadily(options):
-            with replay.TURNS if any(each.layout.replays for each in options) else nullcontext():
-                self._step_generally(options)
+        with self._turn:
+            options = self._read_options()
+            if not self._step_steadily(options):
+                with replay.TURNS if any(each.layout.replays for each in options) else nullcontext():
+                    self._step_generally(options)
         return loss
 
     def _read_options(self) -> Sequence[GroupOptions]:
@@ -692,7 +699,8 @@ class SparseAdam(torch.optim.Optimizer):
         the tables, of ``"replay"`` without weight decay over every row that was ever touched.
 
         Raises:
-            RuntimeError: a table has another shape than its moments were made for. Nothing has been changed.
+            RuntimeError: a table has another shape than its moments were made for, or an option that shapes them has
+                been changed since. Nothing has been changed.
             ValueError: an option of a group has been set outside its range. Nothing has been changed.
             OSError: no room on the disk for tables or moments in files. Tables before are up to date.
         """
@@ -703,10 +711,12 @@ class SparseAdam(torch.optim.Optimizer):
         options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
         behind = []
         for group_index, group in enumerate(self.param_groups):
-            if not is_meant(options[group_index].layout):
-                continue
             for position, table in enumerate(group["params"]):
-                place = Place(group, group_index, position)
+                place, layout = Place(group, group_index, position), options[group_index].layout
+                state = self.state.get(table)
+                has_changed = isinstance(state, Moments) and state.layout != layout  # which is refused
+                if not has_changed and not is_meant(layout):
+                    continue
                 moments = self._kept(table, place, options[group_index])
                 if isinstance(moments, Moments):
                     behind.append((table, moments, place))
@@ -737,7 +747,9 @@ class SparseAdam(torch.optim.Optimizer):
 
         They are then as if never touched: no moments, no count of touches. Their weights are left alone, and all other
         rows and their state are, bit for bit. With ``weight_decay_mode="exact"`` the rows owe nothing afterwards; with
-        ``missed_steps="replay"`` they are brought up to date first.
+        ``missed_steps="replay"`` they are brought up to date first. Slots of other rows move into the places that are
+        free then: copy a :meth:`state_dict` that was taken before and is still to be used (``copy.deepcopy``), as its
+        tensors are views.
 
         Args:
             param: the table, one of this optimizer's.
@@ -848,10 +860,10 @@ class SparseAdam(torch.optim.Optimizer):
         Pass ``torch_eps=True`` to the optimizer, before or after, for the same trajectory in both.
 
         Groups of parameters with dense gradients, or with ``missed_steps="replay"``, are for
-        :class:`torch.optim.AdamW`, with ``weight_decay`` and ``amsgrad``; its Adam loads them too. Tables of the latter
-        are brought up to date first. Of a model with both kinds, in groups apart, give each optimizer its own::
+        :class:`torch.optim.AdamW`, with ``weight_decay`` and ``amsgrad``; its Adam loads them too. Tables of the
+        latter, and those that owe decay (``weight_decay_mode="exact"``), are brought up to date first. Of a model with
+        both kinds, in groups apart, give each optimizer its own::
 
-            saved = optimizer.to_torch_state_dict()
             for each, group in zip([torch_sparse_adam, torch_adamw], saved["param_groups"]):
                 state = {number: saved["state"][number] for number in group["params"]}
                 each.load_state_dict({"state": state, "param_groups": [group]})
@@ -868,7 +880,7 @@ class SparseAdam(torch.optim.Optimizer):
             has_tables = any(isinstance(state, Moments) for state in states)
             if not is_adams[-1] or (has_tables and not options.layout.replays):
                 checkpoint.check_torch_group(options, group_index)
-        self._flush(lambda layout: layout.replays)
+        self._flush(lambda layout: layout.replays or layout.owes_decay)
         packed = self._pack(checkpoint.write_torch_state, {})
         packed["param_groups"] = [
             checkpoint.torch_group(group, for_adam=is_adam)
@@ -963,6 +975,11 @@ class SparseAdam(torch.optim.Optimizer):
                     moments = checkpoint.read_state(state, table, place, options, is_compact=is_compact)
                     read[table] = moments if self._directory is None else self._directory.keep(moments, place)
         return read
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was copied or loaded; a copy's steps take turns of their own."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_turn", RLock())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the backend's name along with what PyTorch keeps."""

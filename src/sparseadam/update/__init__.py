@@ -1,9 +1,9 @@
 """The update of rows, and the only chooser among its backends.
 
 Every backend exports ``update_rows(updates, ...)`` with the same meaning: sum each row's lookups, give slots to new
-rows, update moments and table in place. One that cannot find what is wrong with a gradient before its first row is written
-exports ``check_rows(updates)`` too, called for the tables of all backends before, and is given what that returned; one
-that cannot update every table exports ``prepare(update)``, which says why not.
+rows, update moments and table in place. One that cannot find what is wrong with a gradient before its first row is
+written exports ``check_rows(updates)`` too, called for the tables of all backends before, and is given what that
+returned; one that cannot update every table exports ``prepare(update)``, which says why not.
 """
 
 from __future__ import annotations

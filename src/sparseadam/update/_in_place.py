@@ -35,7 +35,9 @@ def row_stride(table: Tensor, moments: Moments) -> int | None:
 
 
 def stride_refusal(table: Tensor, moments: Moments) -> str | None:
-    """Say why rows cannot be walked by one stride, or None where they can."""
+    """Say why rows cannot be walked by one stride, each element being what lies there, or None where they can."""
+    if table.is_neg():
+        return "the table is a view that negates what lies in memory; .resolve_neg() makes one that does not"
     if row_stride(table, moments) is not None:
         return None
     return (

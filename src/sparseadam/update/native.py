@@ -285,9 +285,10 @@ def list_tables(
     steady = _module().steady_step(Tensor)
     if steady is None:
         return None
+    listed = [parameter for parameters in groups for parameter in parameters]
+    if len(set(listed)) < len(listed):
+        return None
     for parameters in groups:
-        if len(set(parameters)) < len(parameters):
-            return None
         steady.add_group()
         for parameter in parameters:
             moments = state.get(parameter)
