@@ -3,7 +3,7 @@
 #   make test       all tests, on the installed package
 #   make test-triton
 #                   the tests of the Triton backend, in its interpreter; FILES=... of some files only
-#   make demo       train word vectors on WordNet's definitions, with plots, in a few minutes
+#   make demo       train word vectors on WordNet's definitions, with plots, in about a minute
 #   make bench      time the step against its peers; `make bench-docs` writes docs/benchmarks.md anew from all benchmarks
 #   make lint       ruff, clang-format and mypy
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
