@@ -12,7 +12,7 @@ from common import Script, run
 from sparseadam.bench.cases import TORCH_SPARSE, Case
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import OURS, measure
-from sparseadam.bench.report import Column, Record, figure, record_of
+from sparseadam.bench.report import Column, Record, figure, record_of, spread_figures
 
 LOOKUPS, WIDTH = 16_384, 16
 STYLES = {
@@ -38,8 +38,7 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
 def _milliseconds(record: Record, name: str) -> str:
     if name not in record["seconds"]:
         return "left out"
-    median, low, high = (figure(1e3 * record["seconds"][name][key]) for key in ("median", "low", "high"))
-    return f"{median} ({low} to {high})"
+    return spread_figures(record["seconds"][name], 1e3)
 
 
 COLUMNS = (

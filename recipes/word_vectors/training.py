@@ -70,7 +70,7 @@ def build_optimizer(
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Count the bytes of both moments of all tables."""
+    """Count the bytes of both moments of all tables and, of ours, of what says which rows they are of."""
     if isinstance(optimizer, torch.optim.SparseAdam):
         moments = ("exp_avg", "exp_avg_sq")
         return sum(state[name].nbytes for state in optimizer.state.values() for name in moments)

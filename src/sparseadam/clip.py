@@ -198,7 +198,7 @@ def _with_dense_gradient(params: Sequence[Tensor]) -> list[Tensor]:
 def _as_part_of_norm(grad: Tensor, norm_type: float) -> Tensor:
     """Return a dense tensor whose norm is a gradient's: the gradient itself, or its norm where torch would do wrong."""
     if not grad.is_sparse:
-        is_half = grad.dtype in (torch.float16, torch.bfloat16)
+        is_half = grad.dtype in _validate.HALF_DTYPES
         return torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32) if is_half else grad
     _, summed = _sum_lookups(grad)
     zero = summed.new_zeros(())

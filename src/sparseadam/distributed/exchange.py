@@ -61,7 +61,7 @@ class Stage(IntEnum):
     REFUSED = 2
 
 
-class Place(NamedTuple):
+class Whereabouts(NamedTuple):
     """What a rank says of itself before anything else."""
 
     table: int
@@ -201,12 +201,12 @@ class Exchange:
 
     def _meet(self, number: int, stage: Stage, counts: list[int]) -> list[int]:
         """Tell every rank one count and hear one of each, when all are at the same place."""
-        place = Place(self._table, number, stage)
+        place = Whereabouts(self._table, number, stage)
         own = torch.tensor([[*place, count] for count in counts], dtype=torch.int64, device=self.device)
         heard = torch.empty_like(own)
         ones = [1] * self.world_size
         self.traffic.headers += self._send(own, ones, heard, ones, f"beginning {place}")
-        places, their_counts = zip(*((Place(*each[:3]), each[3]) for each in heard.tolist()), strict=True)
+        places, their_counts = zip(*((Whereabouts(*each[:3]), each[3]) for each in heard.tolist()), strict=True)
         if stage is not Stage.REFUSED:  # the reason is the caller's to raise
             refusing = [rank for rank, each in enumerate(places) if each.stage == Stage.REFUSED]
             if refusing:

@@ -268,15 +268,15 @@ def catch_up(read: RowsRead) -> None:
     if len(rows) == 0:
         return
     slots = moments.claim_slots(rows)
-    random = None
-    if read.stochastic_rounding:
-        random = rounding.random_bits(
-            read.seed, read.place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width
-        )
+    random = _bits_of_missed_steps(moments, rows, read.place, read.seed) if read.stochastic_rounding else None
     # Autograd need not be told: what a graph has read of these rows was up to date, and such rows are not written.
     with _unsafe_preserve_version_counter(read.table):
         _write_table(read.table, moments, rows, lambda weights: _replayed(weights, moments, slots), random)
     moments["weight_steps"][slots] = moments.step
+
+
+def _bits_of_missed_steps(moments: Moments, rows: Tensor, place: Place, seed: int) -> Tensor:
+    return rounding.random_bits(seed, place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width)
 
 
 def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
@@ -327,9 +327,7 @@ def decay_untouched(table: Tensor, moments: Moments, place: Place, seed: int, *,
     decay = torch.tensor(moments.history.log_decay, dtype=torch.float64, device=table.device).exp().to(moments.dtype)
     for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
         rows = (moments.slot_of_row[begin : begin + _ROWS_AT_ONCE] == 0).nonzero()[:, 0] + begin
-        random = None
-        if stochastic_rounding:
-            random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width)
+        random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
         with _unsafe_preserve_version_counter(table):
             _write_table(table, moments, rows, lambda weights: weights * decay, random)
 
@@ -349,9 +347,7 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
         paid[slots >= 0] = moments["paid_log_decay"][slots[slots >= 0]]
         decay = (moments.log_decay - paid).exp().to(table.device, moments.dtype)
         rows = rows.to(table.device)
-        random = None
-        if stochastic_rounding:
-            random = rounding.random_bits(seed, place.stream, moments.step, rows, rounding.MISSED_STEPS, moments.width)
+        random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
         _write_table(table, moments, rows, partial(_decayed, decay=decay), random)
     moments["paid_log_decay"].zero_()
     moments.log_decay = 0.0
