@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,19 +10,19 @@ from types import FrameType
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let an interrupt that comes meanwhile take effect afterwards; may be nested.
-
-    Python tells the main thread alone of signals, so others have nothing to hold back.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
+    """Let an interrupt that comes meanwhile take effect afterwards; may be nested."""
     came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    handler = signal.getsignal(signal.SIGINT)
+    is_held = callable(handler)
+    if is_held:
+        try:
+            signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+        except ValueError:  # Python tells its main thread alone of signals: this one has nothing to hold back
+            is_held = False
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
+        if is_held:
+            signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
             handler(*came[0])

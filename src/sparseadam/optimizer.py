@@ -718,7 +718,7 @@ class SparseAdam(torch.optim.Optimizer):
                 if not has_changed and not is_meant(layout):
                     continue
                 moments = self._kept(table, place, options[group_index])
-                if isinstance(moments, Moments):
+                if isinstance(moments, Moments) and is_meant(layout):
                     behind.append((table, moments, place))
         with replay.TURNS:
             for table, moments, place in behind:
