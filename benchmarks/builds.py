@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from common import Script, run
+from common import Script, add_rounds_flag, run
 from instructions import FLAGS, ROOT, SOURCES
 
 from sparseadam import SparseAdam
@@ -132,7 +132,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     names = [*CASES, HUGE.name]
     parser.add_argument("--base", default="HEAD", help="the revision to compare with")
     parser.add_argument("--case", action="append", choices=names, help=f"otherwise {', '.join(names)}")
-    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what twenty seconds allow")
+    add_rounds_flag(parser)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sparseadam.bench.cli import require
 from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import available_bytes
+from sparseadam.bench.measure import SECONDS_PER_CASE
 from sparseadam.bench.report import Column, Record, origin, terminal_table, write_json_lines
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,6 +34,11 @@ class Script:
     measure: Callable[[argparse.Namespace], Iterable[Record]]
     columns: Sequence[Column]
     add_flags: Callable[[argparse.ArgumentParser], None]
+
+
+def add_rounds_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rounds``, for measurements that take rounds."""
+    parser.add_argument("--rounds", type=int, help=f"rounds a case; otherwise what {SECONDS_PER_CASE} seconds allow")
 
 
 def run(script: Script) -> int:

@@ -49,7 +49,7 @@ def main() -> int:
     missing = [name for name in names if not results_file(name).exists()]
     if missing:
         files = ", ".join(str(results_file(name).relative_to(HERE.parent)) for name in missing)
-        print(f"docs: {files} not there; run without --no-run.", file=sys.stderr)
+        print(f"docs: {files} not there; git has them, and all but step_elsewhere's a run writes.", file=sys.stderr)
         return 1
     write_page()
     return 0
@@ -91,15 +91,12 @@ def placeholders(steps: list[Record]) -> dict[str, str]:
         "notes": "\n".join(f"- {note}" for note in report.notes(steps)),
         "bandwidth": bandwidth(steps),
         "missed": missed(steps),
-        STEP_AGAIN: markdown_table(report.COLUMNS, steps_again) + apart(steps_again[0], steps[0]),
-        "missed_again": missed(steps_again),
+        STEP_AGAIN: once_more(steps_again, steps),
         "machine_elsewhere": machine_table(steps_elsewhere[0]),
         STEP_ELSEWHERE: markdown_table(report.COLUMNS, steps_elsewhere),
         "bandwidth_elsewhere": bandwidth(steps_elsewhere),
         "missed_elsewhere": missed(steps_elsewhere),
-        STEP_ELSEWHERE_AGAIN: markdown_table(report.COLUMNS, steps_elsewhere_again)
-        + apart(steps_elsewhere_again[0], steps_elsewhere[0]),
-        "missed_elsewhere_again": missed(steps_elsewhere_again),
+        STEP_ELSEWHERE_AGAIN: once_more(steps_elsewhere_again, steps_elsewhere),
     }
     for script in SCRIPTS:
         records = read_json_lines(results_file(script.name))
@@ -134,6 +131,11 @@ def apart(record: Record, steps: Record) -> str:
         f"\n\nMeasured apart from the steps above, at commit {record['commit']}, {record['date']}, perhaps on another "
         "machine of the same name: compare within this table only."
     )
+
+
+def once_more(again: list[Record], steps: list[Record]) -> str:
+    """Return the table of a run that repeats another, and what it missed."""
+    return f"{markdown_table(report.COLUMNS, again)}{apart(again[0], steps[0])}\n\n{missed(again)}"
 
 
 def section(columns: tuple[Column, ...], records: list[Record]) -> str:

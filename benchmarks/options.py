@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import Script, run
+from common import Script, add_rounds_flag, run
 
 from sparseadam import SparseAdam
 from sparseadam.bench.cases import CASES, case_named
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", choices=[case.name for case in CASES], default="zipf", help="case to step")
-    parser.add_argument("--rounds", type=int, help="rounds; otherwise what twenty seconds allow")
+    add_rounds_flag(parser)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

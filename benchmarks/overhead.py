@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from common import Script, run, within
+from common import Script, add_rounds_flag, run, within
 
 from sparseadam.bench.cases import TORCH_SPARSE, Case
 from sparseadam.bench.machine import facts
@@ -23,7 +23,7 @@ LIMITS = {"one_table": 20.0, "further_table": 2.0}
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, help="rounds; otherwise what twenty seconds allow")
+    add_rounds_flag(parser)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

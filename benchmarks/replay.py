@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from time import perf_counter
 
-from common import Script, reaching, run, within
+from common import Script, add_rounds_flag, reaching, run, within
 
 from sparseadam import SparseAdam
 from sparseadam.bench.cases import CASES, FUSED_WITH_GRADIENT, case_named
@@ -51,7 +51,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     default = [*LIMITS, *TARGETS]
     parser.add_argument("--case", action="append", choices=names, help=f"otherwise {', '.join(default)}")
-    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what twenty seconds allow")
+    add_rounds_flag(parser)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

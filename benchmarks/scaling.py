@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import Script, run
+from common import Script, add_rounds_flag, run
 
 from sparseadam.bench.cases import TORCH_SPARSE, Case
 from sparseadam.bench.machine import facts
@@ -25,7 +25,7 @@ STYLES = {
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--largest", type=int, default=8, help="rows of the largest table, as a power of ten")
-    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what twenty seconds allow")
+    add_rounds_flag(parser)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from common import Script, reaching, run
+from common import Script, add_rounds_flag, reaching, run
 
 from sparseadam.bench.cases import CASES, case_named
 from sparseadam.bench.machine import facts
@@ -48,7 +48,7 @@ class OnThreads:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help=f"otherwise {', '.join(LARGE)}")
-    parser.add_argument("--rounds", type=int, help="rounds a case; otherwise what twenty seconds allow")
+    add_rounds_flag(parser)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Record]:

@@ -704,11 +704,7 @@ def test_all_of_a_commit_is_on_the_disk_before_it_is_one(tmp_path: Path, monkeyp
 def test_what_was_taken_back_is_on_the_disk_before_its_log_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = Training(tmp_path)
-    training.step(2)
-    training.optimizer.checkpoint()
-    training.step(1)
-    del training
+    trained(tmp_path)
     gc.collect()
     calls = note_calls(monkeypatch, tmp_path)
     Training(tmp_path)
@@ -869,6 +865,7 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
             training = Training(tmp_path)
             # What failed may have been the last fsync, after commit.json was replaced: the message tells.
             if "has been replaced, but the disk may not have that yet" in message:
+                assert "What was committed before is as it was" not in message
                 committed = num_steps
                 replaced += 1
             assert training.num_steps == committed
@@ -1185,11 +1182,7 @@ def test_a_damaged_note_of_the_moments_is_no_reason_to_leave_rows_as_they_are(tm
 
 
 def test_what_is_written_to_a_table_opened_alone_stays(tmp_path: Path) -> None:
-    training = Training(tmp_path)
-    training.step(2)
-    training.optimizer.checkpoint()
-    training.step(1)
-    del training
+    trained(tmp_path)
     gc.collect()
     table = memory_mapped(tmp_path / "a.table")
     table.fill_(7.0)

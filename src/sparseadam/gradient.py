@@ -61,7 +61,7 @@ def _is_of_inference_mode(parameter: Tensor) -> bool:
         parameter._version  # noqa: B018
     except RuntimeError:
         return True
-    return parameter.is_inference()
+    return False
 
 
 def _may_share_memory(parameter: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import _validate
 from ._mapped_file import Bits, MappedFile, check_platform, locked
-from ._validate import TABLE_DTYPES
+from ._validate import TABLE_DTYPES, Place
 from .initial import Init
 from .reading import Hooks, before_reading
 from .undo_log import Records, naming, read_commit, roll_back, sync_directory, write_whole
@@ -212,6 +212,18 @@ def find(table: Tensor) -> MappedTable | None:
     return _tables.get(table.untyped_storage().data_ptr())
 
 
+def find_whole(table: Tensor, place: Place | str) -> MappedTable | None:
+    """Do as ``find`` does for a tensor whose row numbers are to be the file's.
+
+    Raises:
+        ValueError: it is a part of the table, or another view of it.
+    """
+    mapped = find(table)
+    if mapped is not None and not mapped.is_whole(table):
+        raise _validate.partial_table_error(place, mapped.path)
+    return mapped
+
+
 def memory_mapped(
     path: str | os.PathLike[str],
     num_rows: int | None = None,
@@ -322,24 +334,17 @@ def initialize_on_read(model: nn.Module) -> Hooks:
         ValueError: none of the model's parameters is a memory-mapped table, one is a part of one, or a module has a
             ``max_norm``, which writes to rows that are read.
     """
-    tables = []
-    for name, parameter in model.named_parameters():
-        mapped = find(parameter)
-        if mapped is not None:
-            if not mapped.is_whole(parameter):
-                raise _validate.partial_table_error(f"parameter {name!r}", mapped.path)
-            tables.append(parameter)
+    found = [(each, find_whole(each, f"parameter {name!r}")) for name, each in model.named_parameters()]
+    tables = {parameter: mapped for parameter, mapped in found if mapped is not None}
     if not tables:
         raise _validate.no_mapped_table_error()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if getattr(module, "max_norm", None) is not None and any(weight is table for table in tables):
             raise _validate.max_norm_error(name)
-    for table in tables:
-        mapped = find(table)
-        assert mapped is not None, "it was found before"
+    for mapped in tables.values():
         mapped.has_announced_reads = True
-    return before_reading(model, tables, _initialize_read_rows)
+    return before_reading(model, list(tables), _initialize_read_rows)
 
 
 def _initialize_read_rows(table: Tensor, rows: Tensor) -> None:

@@ -311,7 +311,7 @@ class MomentDirectory:
         ):
             if found != wanted:
                 raise _validate.committed_parameter_error(self.path, place, f"{what} {wanted}", f"{what} {found}")
-        mapped, saved = self._mapped(each), entry["table"]
+        mapped, saved = mapped_table.find_whole(each.parameter, each.place), entry["table"]
         if (mapped is None) != (saved is None):
             inside, outside = "its table in memory", "a memory-mapped table"
             found, wanted = (inside, outside) if mapped is None else (outside, inside)
@@ -356,7 +356,9 @@ class MomentDirectory:
             raise _validate.missing_part_error(self.path, path) from None
         except Exception as error:  # of whatever a damaged file makes of unpickling
             raise _validate.damaged_error(path, _validate.reason_of(error)) from error
-        in_memory = [number for number, each in enumerate(kept) if self._mapped(each) is None]
+        in_memory = [
+            number for number, each in enumerate(kept) if mapped_table.find_whole(each.parameter, each.place) is None
+        ]
         if not isinstance(saved, dict) or set(saved) != _VALUES or sorted(saved["parameters"]) != in_memory:
             raise _validate.damaged_error(path, "something other than the values of the parameters in memory")
         return saved
@@ -384,7 +386,7 @@ class MomentDirectory:
             ValueError: a table that is part of a memory-mapped one.
             OSError: the disk could not take the commit.
         """
-        mapped_tables = [self._mapped(each) for each in new]
+        mapped_tables = [mapped_table.find_whole(each.parameter, each.place) for each in new]
         new_tables = [mapped for mapped in mapped_tables if mapped is not None and mapped.id not in self._tables]
         for mapped in new_tables:
             mapped.check_pairing(self._id, self.path)
@@ -505,12 +507,6 @@ class MomentDirectory:
         memory = moments.memory
         return isinstance(memory, FileMemory) and os.path.dirname(memory.directory) == self.path
 
-    def _mapped(self, each: Kept) -> MappedTable | None:
-        mapped = mapped_table.find(each.parameter)
-        if mapped is not None and not mapped.is_whole(each.parameter):
-            raise _validate.partial_table_error(each.place, mapped.path)
-        return mapped
-
     def _listed(self, mapped: MappedTable) -> _Table:
         """Return what is kept of a table, which came with a parameter when the optimizer was built or got its group."""
         listed = self._tables.get(mapped.id)
@@ -567,7 +563,8 @@ class MomentDirectory:
         memories = _memories(kept)
         for memory, _ in memories:
             memory.sync()
-            sync_directory(memory.directory)
+            with naming(memory.directory):
+                sync_directory(memory.directory)
         number = self._commit + 1
         self._write_values(number, kept)
         # Names in a directory are on the disk in the order they were made: that of commit.json comes last.

@@ -312,12 +312,8 @@ class SparseAdam(torch.optim.Optimizer):
     def _check_mapped(self, first_group: int, *, has_directory: bool) -> None:
         """Refuse parts of memory-mapped tables, and tables whose moments are in a directory that is not given."""
         for place, table in self._places():
-            mapped = mapped_table.find(table) if place.group_index >= first_group else None
-            if mapped is None:
-                continue
-            if not mapped.is_whole(table):
-                raise _validate.partial_table_error(place, mapped.path)
-            if not has_directory and mapped.pairing is not None:
+            mapped = mapped_table.find_whole(table, place) if place.group_index >= first_group else None
+            if mapped is not None and not has_directory and mapped.pairing is not None:
                 raise _validate.unpaired_optimizer_error(mapped.path, mapped.pairing["path"])
 
     def _open_directory(self, path: str | os.PathLike[str]) -> None:
@@ -722,9 +718,7 @@ class SparseAdam(torch.optim.Optimizer):
                     behind.append((table, moments, place))
         with replay.TURNS:
             for table, moments, place in behind:
-                with _interrupts.held():
-                    self._bring_up_to_date(table, moments, place, options[place.group_index])
-                    self.state[table] = moments
+                self._bring_up_to_date(table, moments, place, options[place.group_index])
 
     @_interrupts.held()
     def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
@@ -734,8 +728,8 @@ class SparseAdam(torch.optim.Optimizer):
             replay.flush(table, moments, place, options, self._backend)
         else:
             self._pay_decay(table, moments, place, options)
+        self.state[table] = moments
 
-    @_interrupts.held()
     def _pay_decay(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
         rounds = options.stochastic_rounding
         update.pay_decay(table, moments, place, options.seed or 0, stochastic_rounding=rounds)
@@ -864,6 +858,7 @@ class SparseAdam(torch.optim.Optimizer):
         latter, and those that owe decay (``weight_decay_mode="exact"``), are brought up to date first. Of a model with
         both kinds, in groups apart, give each optimizer its own::
 
+            saved = optimizer.to_torch_state_dict()
             for each, group in zip([torch_sparse_adam, torch_adamw], saved["param_groups"]):
                 state = {number: saved["state"][number] for number in group["params"]}
                 each.load_state_dict({"state": state, "param_groups": [group]})

@@ -236,13 +236,11 @@ def write_whole(fd: int, content: bytes | memoryview) -> None:
 
 def sync_directory(path: str) -> None:
     """Wait until the disk has a directory's names."""
-    path = path or "."
-    with naming(path):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    fd = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

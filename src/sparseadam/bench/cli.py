@@ -18,7 +18,7 @@ from .._validate import TABLE_DTYPES
 from .cases import CASES, Case, case_named, row_source
 from .errors import BenchError, UsageError
 from .machine import facts
-from .measure import Result, measure
+from .measure import SECONDS_PER_CASE, Result, measure
 from .report import COLUMNS, HOW, Record, notes, origin, record_of, terminal_table, write_csv, write_json_lines
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "cpu, whose aims are not shown for other devices)",
     )
     parser.add_argument("--threads", type=_whole(1, 1024), help="threads of torch, which are ours (default: torch's)")
-    parser.add_argument("--rounds", type=_whole(1, 100_000), help="rounds a case (default: what twenty seconds allow)")
+    rounds = f"rounds a case (default: what {SECONDS_PER_CASE} seconds allow)"
+    parser.add_argument("--rounds", type=_whole(1, 100_000), help=rounds)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a case")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the same as CSV")
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help="draw a plot")

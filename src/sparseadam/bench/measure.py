@@ -37,7 +37,7 @@ COMPARISONS = (TORCH_SPARSE, FUSED_STEP, FUSED_WITH_GRADIENT, FLOOR)
 _COPY_BUFFER_BYTES = 256 << 20
 _COPY_BYTES = 2 * _COPY_BUFFER_BYTES  # each byte is read and written
 
-_SECONDS_PER_CASE = 20.0
+SECONDS_PER_CASE = 20
 _MIN_ROUNDS, _MAX_ROUNDS = 11, 301
 # A turn goes through all gradients, so that the caches are the contender's own, as they are in a loop of training, and
 # not what another one left; it lasts at least this long, or it would measure the clock.
@@ -227,7 +227,7 @@ def take_rounds(
             if num_rounds is not None:
                 share = len(taken) / num_rounds
             else:
-                by_time = (perf_counter() - started) / _SECONDS_PER_CASE
+                by_time = (perf_counter() - started) / SECONDS_PER_CASE
                 share = max(len(taken) / _MAX_ROUNDS, min(by_time, len(taken) / _MIN_ROUNDS))
             on_progress(min(share, 1.0))
     return taken

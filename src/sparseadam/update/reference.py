@@ -333,6 +333,7 @@ def decay_untouched(table: Tensor, moments: Moments, place: Place, seed: int, *,
 
 
 @torch.no_grad()
+@_interrupts.held()
 def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stochastic_rounding: bool) -> None:
     """Apply to every row of a table, never touched ones too, the weight decay that it owes; afterwards none owes any.
 
