@@ -43,7 +43,9 @@ class WalkedValues {
 
   SPARSEADAM_INLINE const Element* of(int64_t entry) const {
     const int64_t later = entry + ahead_;
-    if (first_bytes_ > 0) prefetch(address(std::min(later + kLookupsForPageWalk, last_entry_)), 1);
+    if (first_bytes_ > 0) {
+      prefetch(address(std::min(later + kReach.lookups_for_page_walk, last_entry_)), first_bytes_);
+    }
     const int64_t first_elements = first_bytes_ / static_cast<int64_t>(sizeof(Element));
     prefetch(address(std::min(later, last_entry_)) + first_elements, row_bytes_ - first_bytes_);
     return address(entry);

@@ -27,8 +27,10 @@ SPARSEADAM_INLINE void prefetch_slot(const Table& table, int64_t row) {
   __builtin_prefetch(static_cast<const char*>(table.slot_of_row) + row * size, 0, 2);
 }
 
-// How many rows ahead of a loop over them slots, and what is looked up by slot, are prefetched.
-constexpr int64_t kSlotPrefetchDistance = 16;
+// How many rows ahead of a loop over them slots, and what is looked up by slot, are prefetched: the loop does little
+// else. 26 x 100,000 x 16 with 2,048 Zipf lookups each took 2 to 9 % less time than with 16, and 65,536 lookups into
+// 1,000,000 or 10,000,000 x 64 1 to 3 % less.
+constexpr int64_t kSlotPrefetchDistance = 64;
 
 // Finds the rows among a partition's sorted lookups and the slot of each, -1 for a row never touched.
 inline int64_t find_slots(const Table& table, const Partitioning& lookups, int64_t partition, uint32_t* begins,
