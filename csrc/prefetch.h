@@ -8,26 +8,26 @@
 
 namespace sparseadam {
 
-// Where prefetched lines go, and how far ahead of the walk they are asked for: in bytes, so that narrow and wide rows
-// have as much in flight.
+// How far ahead of the walk lines are asked for: in bytes, so that narrow and wide rows have as much in flight.
 struct Reach {
-  bool into_first_level;          // or into the second-level cache
   int64_t bytes_of_rows;          // of the table, from the row that is walked to the one that is prefetched
-  int64_t bytes_of_all;           // of tables, moments and values on their way together, as values are prefetched
-  int64_t lookups_for_page_walk;  // 0: a lookup's values are prefetched all at once
+  int64_t bytes_of_all;           // of table, moments and values, from the lookup that is summed to the prefetched one
+  int64_t lookups_for_page_walk;  // from that one to the one whose first line is; 0: none is, apart from the rest
 };
 
-// Intel's processors keep more lines on their way into the second-level cache. 8 KiB made 65,536 uniform lookups into
-// 1,000,000 x 64 take 4.0 ms on two cores of a Xeon in place of 4.5 with 4 KiB; more brought nothing. There a lookup's
-// first line is prefetched so many lookups before the rest of its values, and with it their page: values come out of a
-// backward pass, in small pages. 262,144 Zipf lookups into 1,000,000 x 128 took 6 % less time so.
-constexpr Reach kFar{false, 8192, 32768, 32};
+// Into the second-level cache. 8 KiB made 65,536 uniform lookups into 1,000,000 x 64 take 4.0 ms on two cores of a Xeon
+// in place of 4.5 with 4 KiB; more brought nothing. A lookup's first line is prefetched before the rest of its values,
+// and with it their page: values come out of a backward pass, in small pages. 262,144 Zipf lookups into 1,000,000 x 128
+// took 6 % less time so, 65,536 into 1,000,000 x 64 and into 10,000,000 x 64 5 %, and as many uniform ones 2 %.
+constexpr Reach kFar{8192, 32768, 32};
 
-// AMD's keep as many whichever cache they go to; those in the second-level one are then fetched once more. On two
-// cores of Zen 5 these took 7 to 12 % less time than kFar with 65,536 uniform lookups into 1,000,000 x 64, 8 to 11 %
-// less with 262,144 into 1,000,000 x 128, and 5 to 8 % less with Zipf ones. Twice as far was 2 to 4 % slower, half as
-// far up to 5 %; to prefetch first lines before the rest cost 5 % where rows are wide.
-constexpr Reach kNear{true, 2048, 8192, 0};
+// Into the first-level cache. Intel's processors have more lines on their way to the second-level one; AMD's as many to
+// either, and would then fetch them once more. On two cores of Zen 5 this took 7 to 12 % less time than kFar with
+// 65,536 uniform lookups into 1,000,000 x 64, 8 to 11 % less with 262,144 into 1,000,000 x 128, 5 to 8 % less with Zipf
+// ones; twice as far took 2 to 4 % more, half as far up to 5. Rows of 4 KiB took 4 % more than with kFar, of 3 KiB 3 %
+// less.
+constexpr Reach kNear{2048, 8192, 0};
+constexpr int64_t kMaxBytesNear = 3072;
 
 inline bool is_made_by_amd() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -38,7 +38,11 @@ inline bool is_made_by_amd() {
 #endif
 }
 
-inline const Reach kReach = is_made_by_amd() ? kNear : kFar;
+inline const bool kIsMadeByAmd = is_made_by_amd();
+
+SPARSEADAM_INLINE bool goes_near(int64_t row_bytes) { return row_bytes <= kMaxBytesNear && kIsMadeByAmd; }
+
+inline const Reach& reach_of(int64_t row_bytes) { return goes_near(row_bytes) ? kNear : kFar; }
 
 constexpr int64_t kMinPrefetchRows = 2;
 constexpr int64_t kMaxPrefetchRows = 32;
@@ -50,8 +54,9 @@ SPARSEADAM_INLINE void prefetch_with_locality(const void* address, int64_t num_b
   for (int64_t offset = 0; offset < num_bytes; offset += kCacheLine) __builtin_prefetch(bytes + offset, 1, kLocality);
 }
 
+// `num_bytes`: of a row of a table, of moments or of values.
 SPARSEADAM_INLINE void prefetch(const void* address, int64_t num_bytes) {
-  if (kReach.into_first_level) {
+  if (goes_near(num_bytes)) {
     prefetch_with_locality<3>(address, num_bytes);
   } else {
     prefetch_with_locality<2>(address, num_bytes);
@@ -61,7 +66,7 @@ SPARSEADAM_INLINE void prefetch(const void* address, int64_t num_bytes) {
 // How many rows ahead that is.
 inline int64_t prefetch_distance(int64_t row_bytes) {
   if (row_bytes == 0) return kMinPrefetchRows;
-  return std::clamp(kReach.bytes_of_rows / row_bytes, kMinPrefetchRows, kMaxPrefetchRows);
+  return std::clamp(reach_of(row_bytes).bytes_of_rows / row_bytes, kMinPrefetchRows, kMaxPrefetchRows);
 }
 
 // The same for the values of a walk's lookups. Between those of two lookups comes what the update needs of a row, but
@@ -73,12 +78,12 @@ constexpr int64_t kMaxPrefetchLookups = 64;
 inline int64_t prefetch_distance_of_values(int64_t row_bytes, int64_t num_rows, int64_t num_lookups) {
   const int64_t bytes = row_bytes * (kStreamsARow * num_rows + num_lookups);
   if (bytes == 0) return kMinPrefetchRows;
-  return std::clamp(kReach.bytes_of_all * num_lookups / bytes, kMinPrefetchRows, kMaxPrefetchLookups);
+  return std::clamp(reach_of(row_bytes).bytes_of_all * num_lookups / bytes, kMinPrefetchRows, kMaxPrefetchLookups);
 }
 
 // How much of a lookup's values is prefetched before the rest. Values of a single line gained nothing.
 inline int64_t first_bytes_of_values(int64_t row_bytes) {
-  return kReach.lookups_for_page_walk > 0 && row_bytes > kCacheLine ? kCacheLine : 0;
+  return reach_of(row_bytes).lookups_for_page_walk > 0 && row_bytes > kCacheLine ? kCacheLine : 0;
 }
 
 // Rows farther apart than pages are prefetched in groups of this many bytes. Before a row's lines can be asked for, the

@@ -38,14 +38,13 @@ class WalkedValues {
         first_bytes_(first_bytes_of_values(row_bytes_)),
         last_entry_(run.ends[run.num_rows - 1] - int64_t{1}),
         ahead_(prefetch_distance_of_values(row_bytes_, run.num_rows, last_entry_ + 1 - run.begins[0])),
+        first_ahead_(reach_of(row_bytes_).lookups_for_page_walk),
         lookups_(*run.lookups),
         sorted_(run.lookups->sorted()) {}
 
   SPARSEADAM_INLINE const Element* of(int64_t entry) const {
     const int64_t later = entry + ahead_;
-    if (first_bytes_ > 0) {
-      prefetch(address(std::min(later + kReach.lookups_for_page_walk, last_entry_)), first_bytes_);
-    }
+    if (first_bytes_ > 0) prefetch(address(std::min(later + first_ahead_, last_entry_)), first_bytes_);
     const int64_t first_elements = first_bytes_ / static_cast<int64_t>(sizeof(Element));
     prefetch(address(std::min(later, last_entry_)) + first_elements, row_bytes_ - first_bytes_);
     return address(entry);
@@ -57,7 +56,7 @@ class WalkedValues {
   }
 
   const Element* values_;
-  const int64_t width_, row_bytes_, first_bytes_, last_entry_, ahead_;
+  const int64_t width_, row_bytes_, first_bytes_, last_entry_, ahead_, first_ahead_;
   const Partitioning& lookups_;
   const Entry* sorted_;
 };
