@@ -47,8 +47,8 @@ class Call {
     found_.step = -1;
     found_.arena.reset();
     const int64_t num_lookups = read_.num_rows_read;
-    lookups_.plan({read_.rows, &table_.num_rows, 1, num_lookups}, table_.num_rows, num_threads, num_lookups,
-                  found_.arena);
+    lookups_.plan({read_.rows, &table_.num_rows, 1, num_lookups}, table_.num_rows,
+                  table_.width * element_bytes(table_.element), num_threads, num_lookups, found_.arena);
     found_.begins = found_.arena.take<uint32_t>(read_.num_rows_read);
     found_.ends = found_.arena.take<uint32_t>(read_.num_rows_read);
     found_.slots = found_.arena.take<int64_t>(read_.num_rows_read);

@@ -9,7 +9,7 @@ namespace sparseadam {
 
 Coalescing::Coalescing(const Lookups& lookups, int64_t num_rows, int num_threads) {
   if (lookups.num_lookups == 0) return;
-  lookups_.plan(lookups, num_rows, num_threads, lookups.num_lookups, arena_);
+  lookups_.plan(lookups, num_rows, 0, num_threads, lookups.num_lookups, arena_);
   begins_ = arena_.take<uint32_t>(lookups.num_lookups);
   ends_ = arena_.take<uint32_t>(lookups.num_lookups);
   const int64_t num_partitions = lookups_.num_partitions();

@@ -257,7 +257,8 @@ void plan_table(const TableStep& step, TableScratch& scratch, int num_threads, i
   if (take_found_rows(step, lookups, scratch)) {
     scratch.order = Order::kFound;
   } else {
-    scratch.lookups.plan(lookups, table.num_rows, num_threads, num_lookups_in_all, arena);
+    scratch.lookups.plan(lookups, table.num_rows, table.width * element_bytes(table.element), num_threads,
+                         num_lookups_in_all, arena);
     scratch.begins = arena.take<uint32_t>(step.num_lookups);
     scratch.ends = arena.take<uint32_t>(step.num_lookups);
     scratch.order = Order::kPartitioned;

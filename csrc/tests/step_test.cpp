@@ -330,11 +330,11 @@ const char* name_of(InstructionSet set) {
 
 // Sorts lookups as a step does, its partitions shared out among threads, and compares with a sort of pairs. Returns
 // what the largest partition needed of a thread.
-int64_t check_partitions(const std::vector<int64_t>& rows, int64_t num_rows, int num_threads) {
+int64_t check_partitions(const std::vector<int64_t>& rows, int64_t num_rows, int64_t row_bytes, int num_threads) {
   const auto num_lookups = static_cast<int64_t>(rows.size());
   Arena arena;
   Partitioning lookups;
-  lookups.plan({rows.data(), &num_rows, 1, num_lookups}, num_rows, num_threads, num_lookups, arena);
+  lookups.plan({rows.data(), &num_rows, 1, num_lookups}, num_rows, row_bytes, num_threads, num_lookups, arena);
   for (int64_t chunk = 0; chunk < lookups.num_chunks(); ++chunk) {
     CHECK(lookups.partition_chunk(chunk).lookup == -1, "chunk %d", static_cast<int>(chunk));
   }
@@ -388,14 +388,16 @@ std::vector<int64_t> hot_rows(int64_t count, int64_t num_rows) {
 // more of them than a thread can count, however many lookups and threads.
 void test_partitions_of_any_size() {
   constexpr int64_t kNumRows = 4000;
-  const int64_t most = check_partitions(hot_rows(200000, kNumRows), kNumRows, 1);
+  const int64_t most = check_partitions(hot_rows(200000, kNumRows), kNumRows, 256, 1);
   CHECK(most < 200000, "%d entries in a thread's own memory", static_cast<int>(most));
-  for (const int64_t count : {most - 1, most, most + 1}) check_partitions(hot_rows(count, kNumRows), kNumRows, 2);
+  for (const int64_t count : {most - 1, most, most + 1}) {
+    for (const int64_t row_bytes : {0, 64, 256}) check_partitions(hot_rows(count, kNumRows), kNumRows, row_bytes, 2);
+  }
 
   Random random(9);
   std::vector<int64_t> rows(4300 * 1024);
   for (int64_t& row : rows) row = static_cast<int64_t>(random.next() % rows.size());
-  check_partitions(rows, static_cast<int64_t>(rows.size()), 2000);
+  check_partitions(rows, static_cast<int64_t>(rows.size()), 256, 2000);
 }
 
 // ---- threads ----------------------------------------------------------------------------------------------------
