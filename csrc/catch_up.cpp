@@ -47,8 +47,8 @@ class Call {
     found_.step = -1;
     found_.arena.reset();
     const int64_t num_lookups = read_.num_rows_read;
-    lookups_.plan({read_.rows, &table_.num_rows, 1, num_lookups}, table_.num_rows,
-                  table_.width * element_bytes(table_.element), num_threads, num_lookups, found_.arena);
+    lookups_.plan({read_.rows, &table_.num_rows, 1, num_lookups}, table_.num_rows, table_.row_bytes(), num_threads,
+                  num_lookups, found_.arena);
     found_.begins = found_.arena.take<uint32_t>(read_.num_rows_read);
     found_.ends = found_.arena.take<uint32_t>(read_.num_rows_read);
     found_.slots = found_.arena.take<int64_t>(read_.num_rows_read);
@@ -169,8 +169,7 @@ BadIndex catch_up(RowsRead& read, InstructionSet instruction_set, int max_thread
   read.history.missed->advance(read.history);
   if (read.num_rows_read == 0) return {};
   Borrowed<Workspace> workspace;
-  const int64_t row_bytes = read.table->width * element_bytes(read.table->element);
-  const int num_threads = threads_for(read.num_rows_read * row_bytes, max_threads);
+  const int num_threads = threads_for(read.num_rows_read * read.table->row_bytes(), max_threads);
   Call call(read, instruction_set, *workspace);
   call.plan(num_threads);
   BadIndex bad;

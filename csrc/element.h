@@ -6,6 +6,10 @@
 
 namespace sparseadam {
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SPARSEADAM_X86 1
+#endif
+
 #define SPARSEADAM_INLINE inline __attribute__((always_inline))
 // For lambdas that prefetch: to GCC they have no effect, so a call of one that is not inlined at once is dropped. And
 // for those that hold a kernel: outside the function of an instruction set they would be compiled for the platform's

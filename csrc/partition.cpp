@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "element.h"
+#include "prefetch.h"
 
 namespace sparseadam {
 
@@ -19,7 +20,6 @@ namespace {
 // more.
 constexpr int64_t kLookupsPerPartition = 2048;
 constexpr int64_t kLookupsPerPartitionOfNarrowRows = 4096;
-constexpr int64_t kBytesOfNarrowRow = 64;
 constexpr int64_t kMinLookupsPerPartition = kLookupsPerPartition / 2;
 constexpr int64_t kPartitionsPerThread = 4;
 constexpr int64_t kMaxPartitions = 4096;
@@ -116,7 +116,7 @@ void radix_pass(const Entry* from, Entry* to, int64_t count, int shift, int bits
 }
 
 int64_t lookups_per_partition(int64_t row_bytes) {
-  return row_bytes > 0 && row_bytes <= kBytesOfNarrowRow ? kLookupsPerPartitionOfNarrowRows : kLookupsPerPartition;
+  return row_bytes > 0 && row_bytes <= kCacheLine ? kLookupsPerPartitionOfNarrowRows : kLookupsPerPartition;
 }
 
 }  // namespace

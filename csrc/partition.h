@@ -44,8 +44,8 @@ class Partitioning {
   static bool fits(int64_t num_rows, int64_t num_lookups);
 
   // Plans chunks and row ranges for a number of threads, on which no result depends, and takes memory for them, which
-  // must last until the step is over. `row_bytes` are those of a lookup's values, or 0 if that
-  // is not known; `num_lookups_in_all` are the lookups that the threads share out: of all tables.
+  // must last until the step is over. `row_bytes` are those of a lookup's values, or 0 if that is not
+  // known; `num_lookups_in_all` are the lookups that the threads share out: of all tables.
   void plan(const Lookups& lookups, int64_t num_rows, int64_t row_bytes, int num_threads, int64_t num_lookups_in_all,
             Arena& arena);
 

@@ -1,14 +1,14 @@
 // Bringing rows to the processor before a walk over them comes by.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 
 #include "element.h"
+
+#if defined(SPARSEADAM_X86)
+#include <cpuid.h>
+#endif
 
 namespace sparseadam {
 
@@ -35,7 +35,7 @@ constexpr int64_t kMaxBytesNear = 3072;
 
 // Whether this is AMD's Zen 5 (family 1Ah) or later. For older ones kFar was tried on one alone, and this on none.
 inline bool is_zen5_or_later() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(SPARSEADAM_X86)
   unsigned eax = 0;
   unsigned ebx = 0;
   unsigned ecx = 0;
@@ -74,7 +74,7 @@ SPARSEADAM_INLINE void prefetch(const void* address, int64_t num_bytes) {
   }
 }
 
-// How many rows ahead that is.
+// How many rows ahead of the walk rows are prefetched.
 inline int64_t prefetch_distance(int64_t row_bytes) {
   if (row_bytes == 0) return kMinPrefetchRows;
   return std::clamp(reach_of(row_bytes).bytes_of_rows / row_bytes, kMinPrefetchRows, kMaxPrefetchRows);

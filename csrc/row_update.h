@@ -34,8 +34,7 @@
 // Wide code is enabled per function and chosen at run time; files themselves stay at the platform's floor.
 // SPARSEADAM_EACH_SET defines a VARIANT(SET, TARGET) of a function template for each instruction set, and
 // SPARSEADAM_OF_SET(set, name, types...) is name_SET<types...> for the one that is given.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SPARSEADAM_X86 1
+#if defined(SPARSEADAM_X86)
 #define SPARSEADAM_AVX2 __attribute__((target("avx2,f16c")))
 #define SPARSEADAM_AVX512 \
   __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))

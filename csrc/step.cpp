@@ -222,8 +222,7 @@ void set_values_apart(std::vector<TableStep>& tables, Workspace& workspace) {
 int choose_num_threads(const std::vector<TableStep>& tables, int max_threads) {
   int64_t num_bytes = 0;
   for (const TableStep& step : tables) {
-    const int64_t row_bytes = step.table->width * element_bytes(step.table->element);
-    num_bytes += step.num_lookups * (row_bytes + static_cast<int64_t>(sizeof(Entry)));
+    num_bytes += step.num_lookups * (step.table->row_bytes() + static_cast<int64_t>(sizeof(Entry)));
   }
   return threads_for(num_bytes, max_threads);
 }
@@ -257,8 +256,7 @@ void plan_table(const TableStep& step, TableScratch& scratch, int num_threads, i
   if (take_found_rows(step, lookups, scratch)) {
     scratch.order = Order::kFound;
   } else {
-    scratch.lookups.plan(lookups, table.num_rows, table.width * element_bytes(table.element), num_threads,
-                         num_lookups_in_all, arena);
+    scratch.lookups.plan(lookups, table.num_rows, table.row_bytes(), num_threads, num_lookups_in_all, arena);
     scratch.begins = arena.take<uint32_t>(step.num_lookups);
     scratch.ends = arena.take<uint32_t>(step.num_lookups);
     scratch.order = Order::kPartitioned;

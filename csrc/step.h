@@ -24,6 +24,8 @@ struct Table {
   uint64_t stream;  // tells the table's random bits from other tables'
   // What its rows are called in `rows` and to random bits; nullptr where by their place, as in a whole table.
   const int64_t* row_names;
+
+  int64_t row_bytes() const { return width * element_bytes(element); }
 };
 
 // What to do about rows whose summed gradient has an infinity or a NaN: update them, refuse the step, or leave them as
