@@ -95,17 +95,16 @@ class Call {
   }
 
  private:
-  int64_t row_at(uint32_t entry) const { return lookups_.row_of(lookups_.sorted()[entry]); }
-
   // Sorts a partition, moves its rows that are behind, and sets those aside that have no slot.
   void move_partition(int64_t partition, ThreadScratch& thread) {
-    lookups_.sort_partition(partition, thread.entries.data());
+    Entry* sorted = lookups_.kept(partition);
+    lookups_.sort_partition(partition, sorted, thread.entries.data());
     const int64_t at = lookups_.partition_begin(partition);
     const uint32_t* begins = found_.begins + at;
     const int64_t* slots = found_.slots + at;
     uint32_t* new_rows = workspace_.new_rows + at;
-    const int64_t num_rows =
-        find_slots(table_, lookups_, partition, found_.begins + at, found_.ends + at, found_.slots + at);
+    const int64_t num_rows = find_slots(table_, lookups_, sorted, lookups_.partition_size(partition),
+                                        found_.begins + at, found_.ends + at, found_.slots + at);
     found_.num_rows[partition] = num_rows;
     int64_t num_behind = 0;
     int64_t num_new_rows = 0;
@@ -114,7 +113,7 @@ class Call {
         new_rows[num_new_rows++] = static_cast<uint32_t>(r);
         return;
       }
-      thread.rows[static_cast<size_t>(num_behind)] = row_at(begins[r]);
+      thread.rows[static_cast<size_t>(num_behind)] = lookups_.row_of(sorted[begins[r]]);
       thread.slots[static_cast<size_t>(num_behind)] = slots[r];
       ++num_behind;
     });
@@ -134,11 +133,12 @@ class Call {
 
   void move_new_partition(int64_t partition, ThreadScratch& thread) {
     const int64_t at = lookups_.partition_begin(partition);
+    const Entry* sorted = lookups_.kept(partition);
     const uint32_t* new_rows = workspace_.new_rows + at;
     const int64_t first_slot = workspace_.first_slots[partition];
     const int64_t count = workspace_.num_new_rows[partition];
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = row_at(found_.begins[at + new_rows[r]]);
+      const int64_t row = lookups_.row_of(sorted[found_.begins[at + new_rows[r]]]);
       thread.rows[static_cast<size_t>(r)] = row;
       thread.slots[static_cast<size_t>(r)] = first_slot + r;
       found_.slots[at + new_rows[r]] = first_slot + r;

@@ -39,10 +39,10 @@ Coalescing::Coalescing(const Lookups& lookups, int64_t num_rows, int num_threads
 // Sorts a partition and finds where the lookups of its rows begin and end.
 int64_t Coalescing::find_rows(int64_t partition) {
   const int64_t begin = lookups_.partition_begin(partition);
-  const int64_t end = lookups_.partition_end(partition);
-  std::vector<Entry> scratch(static_cast<size_t>(std::min(end - begin, lookups_.sort_scratch())));
-  lookups_.sort_partition(partition, scratch.data());
-  return lookups_.find_rows(partition, begins_ + begin, ends_ + begin);
+  const int64_t size = lookups_.partition_size(partition);
+  std::vector<Entry> scratch(static_cast<size_t>(std::min(size, lookups_.sort_scratch())));
+  lookups_.sort_partition(partition, lookups_.kept(partition), scratch.data());
+  return lookups_.find_rows(lookups_.kept(partition), size, begins_ + begin, ends_ + begin);
 }
 
 void Coalescing::sum(const void* values, int64_t width, ElementType element, InstructionSet instruction_set,
@@ -55,8 +55,9 @@ void Coalescing::sum(const void* values, int64_t width, ElementType element, Ins
       const auto p = static_cast<size_t>(partition);
       const int64_t at = lookups_.partition_begin(partition);
       const int64_t first = first_rows_[p];
-      const RowRun of{&lookups_, begins_ + at, ends_ + at, nullptr, first_rows_[p + 1] - first};
-      for (int64_t r = 0; r < of.num_rows; ++r) rows[first + r] = lookups_.row_of(lookups_.sorted()[of.begins[r]]);
+      const RowRun of{&lookups_, lookups_.kept(partition),  begins_ + at, ends_ + at,
+                      nullptr,   first_rows_[p + 1] - first};
+      for (int64_t r = 0; r < of.num_rows; ++r) rows[first + r] = lookups_.row_of(of.sorted[of.begins[r]]);
       sum_rows(values, width, of, static_cast<char*>(sums) + first * sum_bytes);
     };
     team.for_each(lookups_.num_partitions(), sum_partition);

@@ -17,7 +17,7 @@ struct FoundRows {
   Arena arena;  // holds all of the following
   Partitioning lookups;
   int64_t* rows;     // [num_rows_read], as they were read
-  uint32_t* begins;  // of each partition's rows in the sorted lookups
+  uint32_t* begins;  // of each partition's rows, in its sorted entries
   uint32_t* ends;
   int64_t* slots;     // of each partition's rows, -1 where there is none
   int64_t* num_rows;  // per partition

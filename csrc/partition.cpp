@@ -150,7 +150,7 @@ void Partitioning::plan(const Lookups& lookups, int64_t num_rows, int64_t row_by
   num_chunks_ = (num_lookups + chunk_size_ - 1) / chunk_size_;
 
   scattered_ = arena.take<Entry>(num_lookups);
-  sorted_ = arena.take<Entry>(num_lookups);
+  kept_ = arena.take<Entry>(num_lookups);
   segment_begins_ = arena.take<uint32_t>(num_chunks_ * (num_partitions_ + 1));
   partition_begins_ = arena.take<int64_t>(num_partitions_ + 1);
 }
@@ -215,9 +215,8 @@ void Partitioning::finish_partitioning(Arena& arena) {
   if (largest_partition_ > kMaxSortScratch) spare_ = arena.take<Entry>(lookups_.num_lookups);
 }
 
-void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
-  const int64_t count = partition_end(partition) - partition_begin(partition);
-  Entry* sorted = sorted_ + partition_begin(partition);
+void Partitioning::sort_partition(int64_t partition, Entry* sorted, Entry* scratch) const {
+  const int64_t count = partition_size(partition);
   const bool use_radix = count >= kRadixSortMin && range_bits_ > 0;
   if (count > kMaxSortScratch) scratch = spare_ + partition_begin(partition);
   const int num_passes = use_radix ? (range_bits_ + kMaxDigitBits - 1) / kMaxDigitBits : 0;
@@ -245,19 +244,17 @@ void Partitioning::sort_partition(int64_t partition, Entry* scratch) {
 }
 
 // Without branches on the entries: which of them is its row's last one cannot be foreseen.
-int64_t Partitioning::find_rows(int64_t partition, uint32_t* begins, uint32_t* ends) const {
-  const int64_t begin = partition_begin(partition);
-  const int64_t end = partition_end(partition);
-  if (begin == end) return 0;
+int64_t Partitioning::find_rows(const Entry* sorted, int64_t num_entries, uint32_t* begins, uint32_t* ends) const {
+  if (num_entries == 0) return 0;
   int64_t r = 0;
-  begins[0] = static_cast<uint32_t>(begin);
-  for (int64_t i = begin; i + 1 < end; ++i) {
+  begins[0] = 0;
+  for (int64_t i = 0; i + 1 < num_entries; ++i) {
     const auto next = static_cast<uint32_t>(i + 1);
     ends[r] = next;
     begins[r + 1] = next;
-    r += (sorted_[i] ^ sorted_[next]) >> position_bits_ != 0 ? 1 : 0;
+    r += (sorted[i] ^ sorted[next]) >> position_bits_ != 0 ? 1 : 0;
   }
-  ends[r] = static_cast<uint32_t>(end);
+  ends[r] = static_cast<uint32_t>(num_entries);
   return r + 1;
 }
 

@@ -66,16 +66,20 @@ class Partitioning {
   // one that lasts as long.
   void finish_partitioning(Arena& arena);
 
-  // Step 2, for one partition; `scratch` holds at least sort_scratch() entries. Thread-safe for distinct ones.
-  void sort_partition(int64_t partition, Entry* scratch);
+  // Step 2, for one partition: all its entries to `sorted`. `scratch` holds at least sort_scratch() entries.
+  // Thread-safe for distinct partitions.
+  void sort_partition(int64_t partition, Entry* sorted, Entry* scratch) const;
 
-  // After step 2: where the lookups of each row of a partition begin and end among the sorted ones. Returns how many
-  // rows there are.
-  int64_t find_rows(int64_t partition, uint32_t* begins, uint32_t* ends) const;
+  // Where a partition's sorted entries last as long as the arena.
+  Entry* kept(int64_t partition) const { return kept_ + partition_begin(partition); }
+
+  // After step 2: where the lookups of each row begin and end among a partition's sorted entries. Returns how many rows
+  // there are. Both arrays hold as many as there are entries, or one more than there are rows.
+  int64_t find_rows(const Entry* sorted, int64_t num_entries, uint32_t* begins, uint32_t* ends) const;
 
   int64_t partition_begin(int64_t partition) const { return partition_begins_[partition]; }
   int64_t partition_end(int64_t partition) const { return partition_begins_[partition + 1]; }
-  const Entry* sorted() const { return sorted_; }
+  int64_t partition_size(int64_t partition) const { return partition_end(partition) - partition_begin(partition); }
   int64_t row_of(Entry entry) const { return static_cast<int64_t>(entry >> position_bits_); }
   int64_t position_of(Entry entry) const { return static_cast<int64_t>(entry & position_mask_); }
 
@@ -99,9 +103,9 @@ class Partitioning {
   int range_bits_ = 0;  // a partition covers 2**range_bits_ consecutive rows
   Entry position_mask_ = 0;
   Entry* scattered_ = nullptr;           // [num_lookups], by chunk, then by partition
-  Entry* sorted_ = nullptr;              // [num_lookups], by row, then by position
+  Entry* kept_ = nullptr;                // [num_lookups], by row, then by position
   uint32_t* segment_begins_ = nullptr;   // [num_chunks, num_partitions + 1], into scattered_, relative to the chunk
-  int64_t* partition_begins_ = nullptr;  // [num_partitions + 1], into sorted_
+  int64_t* partition_begins_ = nullptr;  // [num_partitions + 1], into kept_
   Entry* spare_ = nullptr;               // [num_lookups], where there are partitions beyond kMaxSortScratch
 };
 

@@ -166,6 +166,7 @@ struct TableMemory {
 // slots[r]. A row with a negative slot is passed over.
 struct RowRun {
   const Partitioning* lookups;
+  const Entry* sorted;
   const uint32_t* begins;
   const uint32_t* ends;
   const int64_t* slots;

@@ -40,7 +40,7 @@ class WalkedValues {
         ahead_(prefetch_distance_of_values(row_bytes_, run.num_rows, last_entry_ + 1 - run.begins[0])),
         first_ahead_(reach_of(row_bytes_).lookups_for_page_walk),
         lookups_(*run.lookups),
-        sorted_(run.lookups->sorted()) {}
+        sorted_(run.sorted) {}
 
   SPARSEADAM_INLINE const Element* of(int64_t entry) const {
     const int64_t later = entry + ahead_;
@@ -79,7 +79,7 @@ SPARSEADAM_INLINE void update_rows_of_width(TableMemory memory, const RowRun& ru
   auto* sum = static_cast<Moment*>(scratch);
   const Rows rows(memory, scalars, sum + width);
   const Partitioning& lookups = *run.lookups;
-  const Entry* sorted = lookups.sorted();
+  const Entry* sorted = run.sorted;
   auto* table = static_cast<Element*>(memory.table);
   const WalkedValues<Element> values(memory.values, width, run);
   const auto row_bytes = static_cast<int64_t>(sizeof(Element)) * width;

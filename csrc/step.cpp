@@ -20,9 +20,15 @@ namespace {
 // Rows that an error names.
 constexpr size_t kRowsNamed = 5;
 
-// What one thread needs while it walks a partition.
+// What one thread needs while it walks a partition. That partition's rows are there too, as it is the next one's turn
+// when they are done: the memory stays in the thread's caches. Each partition's in memory of its own, 65,536 Zipf
+// lookups into 1,000,000 x 64 took 4 % more time on an AMD EPYC (Zen 5), into 100,000 x 16 4, as many uniform ones 2 to
+// 3.
 struct ThreadScratch {
-  std::vector<Entry> entries;
+  std::vector<Entry> sorted;
+  std::vector<Entry> entries;  // to sort with
+  std::vector<uint32_t> begins;
+  std::vector<uint32_t> ends;
   std::vector<int64_t> slots;
   std::vector<uint8_t> is_finite;
   std::vector<double> rows;  // doubles, so that it is aligned for, and large enough for, either type of moments
@@ -35,9 +41,9 @@ enum class Order {
   kFound,        // as catch_up left them, which has brought their rows up to date
 };
 
-// What one table needs during a step. `begins` and `ends` delimit the rows of each partition in the sorted lookups;
-// once a partition is walked, its part of both holds the new rows that wait for their slots. Where rows are looked at
-// before the walk, they are kept with their slots: to find those again would take a cache line a row.
+// What one table needs during a step. Where rows are looked at before the walk, each partition's are kept, delimited by
+// `begins` and `ends` in its kept entries, and with their slots: to find those again would take a cache line a row.
+// Once a partition is walked, its part of all but the slots holds the new rows that wait for theirs.
 struct TableScratch {
   Partitioning lookups;
   uint32_t* begins;
@@ -81,51 +87,87 @@ TableMemory memory_of(const TableStep& step) {
           table.row_names, step.history};
 }
 
-// Takes rows whose gradient is not finite out of a run; returns how many.
-int64_t drop_nonfinite_rows(const TableStep& step, const RowRun& run, uint32_t* begins, uint32_t* ends, int64_t* slots,
+// The rows of a partition while they are walked: a RowRun that can be written.
+struct PartitionRows {
+  Entry* sorted;
+  uint32_t* begins;
+  uint32_t* ends;
+  int64_t* slots;
+  int64_t num_rows;
+};
+
+RowRun run_of(const Partitioning& lookups, const PartitionRows& rows) {
+  return {&lookups, rows.sorted, rows.begins, rows.ends, rows.slots, rows.num_rows};
+}
+
+// Where the rows of a table are kept whose partitions are looked at before the walk.
+PartitionRows kept_rows(const TableScratch& scratch, int64_t partition, int64_t num_rows) {
+  const int64_t at = scratch.lookups.partition_begin(partition);
+  return {scratch.lookups.kept(partition), scratch.begins + at, scratch.ends + at, scratch.slots + at, num_rows};
+}
+
+// Fills in the rows of a partition; returns how many there are.
+int64_t sort_and_find(const TableStep& step, const Partitioning& lookups, int64_t partition, const PartitionRows& rows,
+                      ThreadScratch& thread) {
+  lookups.sort_partition(partition, rows.sorted, thread.entries.data());
+  return find_slots(*step.table, lookups, rows.sorted, lookups.partition_size(partition), rows.begins, rows.ends,
+                    rows.slots);
+}
+
+// Takes rows whose gradient is not finite out of a partition's; returns how many.
+int64_t drop_nonfinite_rows(const TableStep& step, const Partitioning& lookups, PartitionRows& rows,
                             const RowKernels& kernels, ThreadScratch& thread) {
-  kernels.find_finite_rows(memory_of(step), run, thread.is_finite.data(), thread.rows.data());
+  kernels.find_finite_rows(memory_of(step), run_of(lookups, rows), thread.is_finite.data(), thread.rows.data());
   int64_t num_kept = 0;
-  for (int64_t r = 0; r < run.num_rows; ++r) {
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
     if (thread.is_finite[static_cast<size_t>(r)] == 0) continue;
-    begins[num_kept] = begins[r];
-    ends[num_kept] = ends[r];
-    slots[num_kept] = slots[r];
+    rows.begins[num_kept] = rows.begins[r];
+    rows.ends[num_kept] = rows.ends[r];
+    rows.slots[num_kept] = rows.slots[r];
     ++num_kept;
   }
-  return run.num_rows - num_kept;
+  const int64_t num_dropped = rows.num_rows - num_kept;
+  rows.num_rows = num_kept;
+  return num_dropped;
+}
+
+// Sets rows without a slot aside, with their entries, until they have one; returns how many. Where a partition's rows
+// are kept, this moves them to the front of their own place.
+int64_t set_new_rows_aside(const PartitionRows& rows, const TableScratch& scratch, int64_t partition) {
+  Entry* sorted = scratch.lookups.kept(partition);
+  uint32_t* begins = scratch.begins + scratch.lookups.partition_begin(partition);
+  uint32_t* ends = scratch.ends + scratch.lookups.partition_begin(partition);
+  int64_t num_new_rows = 0;
+  uint32_t next = 0;
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    if (rows.slots[r] >= 0) continue;
+    const uint32_t begin = rows.begins[r];
+    const uint32_t end = rows.ends[r];
+    begins[num_new_rows] = next;
+    for (uint32_t i = begin; i < end; ++i) sorted[next++] = rows.sorted[i];
+    ends[num_new_rows] = next;
+    ++num_new_rows;
+  }
+  return num_new_rows;
 }
 
 // Sorts a partition, updates its rows that have a slot and sets the new ones aside.
 void walk_partition(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                     ThreadScratch& thread) {
-  const int64_t at = scratch.lookups.partition_begin(partition);
-  uint32_t* begins = scratch.begins + at;
-  uint32_t* ends = scratch.ends + at;
-  const bool are_found = scratch.order != Order::kPartitioned;
-  int64_t* slots = are_found ? scratch.slots + at : thread.slots.data();
-  RowRun run{&scratch.lookups, begins, ends, slots, 0};
-  if (are_found) {
-    run.num_rows = scratch.num_rows[partition];
+  const Partitioning& lookups = scratch.lookups;
+  PartitionRows rows{};
+  if (scratch.order == Order::kPartitioned) {
+    const bool fits = lookups.partition_size(partition) <= static_cast<int64_t>(thread.sorted.size());
+    rows = {fits ? thread.sorted.data() : lookups.kept(partition), thread.begins.data(), thread.ends.data(),
+            thread.slots.data(), 0};
+    rows.num_rows = sort_and_find(step, lookups, partition, rows, thread);
   } else {
-    scratch.lookups.sort_partition(partition, thread.entries.data());
-    run.num_rows = find_slots(*step.table, scratch.lookups, partition, begins, ends, slots);
+    rows = kept_rows(scratch, partition, scratch.num_rows[partition]);
   }
-  scratch.num_skipped[partition] = 0;
-  if (step.nonfinite == NonFinite::kSkip) {
-    scratch.num_skipped[partition] = drop_nonfinite_rows(step, run, begins, ends, slots, kernels, thread);
-    run.num_rows -= scratch.num_skipped[partition];
-  }
-  kernels.update_rows(memory_of(step), run, step.scalars, thread.rows.data());
-
-  int64_t num_new_rows = 0;
-  for (int64_t r = 0; r < run.num_rows; ++r) {
-    if (slots[r] >= 0) continue;
-    begins[num_new_rows] = begins[r];
-    ends[num_new_rows] = ends[r];
-    ++num_new_rows;
-  }
-  scratch.num_new_rows[partition] = num_new_rows;
+  scratch.num_skipped[partition] =
+      step.nonfinite == NonFinite::kSkip ? drop_nonfinite_rows(step, lookups, rows, kernels, thread) : 0;
+  kernels.update_rows(memory_of(step), run_of(lookups, rows), step.scalars, thread.rows.data());
+  scratch.num_new_rows[partition] = set_new_rows_aside(rows, scratch, partition);
 }
 
 // The first rows of a sorted partition that a step is refused for, up to kRowsNamed, and why.
@@ -135,26 +177,21 @@ struct Refused {
 
 Refused find_refused_rows(const TableStep& step, TableScratch& scratch, int64_t partition, const RowKernels& kernels,
                           ThreadScratch& thread) {
-  Partitioning& lookups = scratch.lookups;
-  uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
-  uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
-  int64_t* slots = scratch.slots + lookups.partition_begin(partition);
+  const Partitioning& lookups = scratch.lookups;
   if (scratch.order == Order::kLookedAt) {
-    lookups.sort_partition(partition, thread.entries.data());
-    scratch.num_rows[partition] = find_slots(*step.table, lookups, partition, begins, ends, slots);
+    scratch.num_rows[partition] = sort_and_find(step, lookups, partition, kept_rows(scratch, partition, 0), thread);
   }
-  const int64_t num_rows = scratch.num_rows[partition];
+  const PartitionRows rows = kept_rows(scratch, partition, scratch.num_rows[partition]);
   const auto name = [&](std::vector<int64_t>& found, int64_t r) {
-    if (found.size() < kRowsNamed) found.push_back(lookups.row_of(lookups.sorted()[begins[r]]));
+    if (found.size() < kRowsNamed) found.push_back(lookups.row_of(rows.sorted[rows.begins[r]]));
   };
   Refused refused;
   if (step.history.steps != nullptr && scratch.order == Order::kLookedAt) {
-    find_rows_behind(*step.table, step.history, slots, num_rows, [&](int64_t r) { name(refused.behind, r); });
+    find_rows_behind(*step.table, step.history, rows.slots, rows.num_rows, [&](int64_t r) { name(refused.behind, r); });
   }
   if (step.nonfinite == NonFinite::kRefuse) {
-    const RowRun run{&lookups, begins, ends, nullptr, num_rows};
-    kernels.find_finite_rows(memory_of(step), run, thread.is_finite.data(), thread.rows.data());
-    for (int64_t r = 0; r < num_rows; ++r) {
+    kernels.find_finite_rows(memory_of(step), run_of(lookups, rows), thread.is_finite.data(), thread.rows.data());
+    for (int64_t r = 0; r < rows.num_rows; ++r) {
       if (thread.is_finite[static_cast<size_t>(r)] == 0) name(refused.nonfinite, r);
     }
   }
@@ -168,15 +205,16 @@ void walk_new_rows(const TableStep& step, const TableScratch& scratch, int64_t p
   const int64_t first_slot = scratch.first_slots[partition];
   const int64_t num_new_rows = scratch.num_new_rows[partition];
   const Partitioning& lookups = scratch.lookups;
+  const Entry* sorted = lookups.kept(partition);
   const uint32_t* begins = scratch.begins + lookups.partition_begin(partition);
   const uint32_t* ends = scratch.ends + lookups.partition_begin(partition);
   for (int64_t r = 0; r < num_new_rows; ++r) {
-    const int64_t row = lookups.row_of(lookups.sorted()[begins[r]]);
+    const int64_t row = lookups.row_of(sorted[begins[r]]);
     thread.slots[static_cast<size_t>(r)] = first_slot + r;
     table.rows[first_slot + r] = table.row_names != nullptr ? table.row_names[row] : row;
     write_slot(table, row, first_slot + r);
   }
-  const RowRun run{&lookups, begins, ends, thread.slots.data(), num_new_rows};
+  const RowRun run{&lookups, sorted, begins, ends, thread.slots.data(), num_new_rows};
   kernels.update_rows(memory_of(step), run, step.scalars, thread.rows.data());
 }
 
@@ -321,7 +359,10 @@ void reserve_threads(const std::vector<TableStep>& tables, Workspace& workspace)
     largest_width = std::max(largest_width, tables[t].table->width);
   }
   for (ThreadScratch& thread : workspace.threads) {
+    grow(thread.sorted, sort_scratch);
     grow(thread.entries, sort_scratch);
+    grow(thread.begins, max_rows + 1);
+    grow(thread.ends, max_rows + 1);
     grow(thread.slots, max_rows);
     grow(thread.is_finite, max_rows);
     grow(thread.rows, kScratchRows * largest_width);

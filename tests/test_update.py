@@ -173,6 +173,26 @@ def test_native_agrees_with_reference_on_large_steps(width: int, num_lookups: in
     assert (difference <= 3 * table_unit * reference_run[0].abs().double() + 64 * unit).all()
 
 
+def test_rows_beside_one_looked_up_more_often_than_a_thread_sorts_in_its_own_memory(backend: str) -> None:
+    """Some of its neighbours are new in each step, so that they wait for slots among entries that are kept apart."""
+    num_rows, width, most_in_own_memory = 4000, 3, 65_536
+    rng = np.random.default_rng(5)
+    start = exact_values(rng, (num_rows, width))
+    table, oracle = torch.nn.Parameter(torch.as_tensor(start).float()), OracleTable(start, "float32")
+    options: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
+    optimizer = SparseAdam([table], **options, backend=backend)
+    hot = np.full(most_in_own_memory + 5000, 7)
+    for some_neighbours in (20, 60):
+        named = rng.permutation(
+            np.concatenate([hot, rng.integers(0, some_neighbours, 500), rng.integers(0, 4000, 500)])
+        )
+        values = exact_values(rng, (len(named), width))
+        table.grad = coo(named, values, (num_rows, width), torch.float32)
+        optimizer.step()
+        oracle.step(named, values, **options)
+    oracle.assert_close(table.detach().double().numpy(), *dense_state(optimizer, table))
+
+
 def test_unnamed_rows_and_memory_around_the_table_keep_their_bits(backend: str) -> None:
     """NaNs with payloads around and between the named rows would show any stray read or write."""
     payload = torch.tensor(0x7FC0BEEF, dtype=torch.int32).view(torch.float32)
