@@ -191,7 +191,7 @@ void Partitioning::scatter_chunk(int64_t chunk, int64_t begin, int64_t end, RowA
   };
   // The last walk has driven these lines out of the caches, and to fetch each as its first entry is written took two
   // thirds of a scatter's time; clearing them writes whole lines, which need not be fetched. On an AMD EPYC (Zen 5) a
-  // step of 65,536 Zipf lookups into 100,000 x 16 took 5 to 11 % less time so, of 262,144 into 1,000,000 x 128 3 to 4
+  // step of 65,536 Zipf lookups into 100,000 x 16 took 2 to 11 % less time so, of 262,144 into 1,000,000 x 128 3 to 4
   // %. Prefetches, for writing too, brought 1 %.
   std::memset(scattered_ + begin, 0, sizeof(Entry) * static_cast<size_t>(end - begin));
   const uint32_t* ends =

@@ -21,9 +21,8 @@ namespace {
 constexpr size_t kRowsNamed = 5;
 
 // What one thread needs while it walks a partition. That partition's rows are there too, as it is the next one's turn
-// when they are done: the memory stays in the thread's caches. Each partition's in memory of its own, 65,536 Zipf
-// lookups into 1,000,000 x 64 took 4 % more time on an AMD EPYC (Zen 5), into 100,000 x 16 4, as many uniform ones 2 to
-// 3.
+// when they are done: the memory stays in the thread's caches. With memory of its own for each partition, 65,536
+// lookups into 1,000,000 x 64 took up to 4 % more time on an AMD EPYC (Zen 5).
 struct ThreadScratch {
   std::vector<Entry> sorted;
   std::vector<Entry> entries;  // to sort with
