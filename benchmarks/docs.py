@@ -19,6 +19,7 @@ import replay
 import scaling
 import step_profile
 import threads
+import training
 from common import RESULTS, Script
 
 from sparseadam.bench import plot, report
@@ -27,7 +28,8 @@ from sparseadam.bench.report import Column, Record, markdown_table, read_json_li
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 SCRIPTS: tuple[Script, ...] = tuple(
-    module.SCRIPT for module in (scaling, overhead, options, replay, threads, contention, memory, step_profile)
+    module.SCRIPT
+    for module in (training, scaling, overhead, options, replay, threads, contention, memory, step_profile)
 )
 # The table of steps, and the same taken once more, after all else: it shows how far a run repeats.
 STEP = "step"
