@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from gradients import coo
 from processes import leave_report, spawn
+from saving import through_a_file
 from snapshot import bits, snapshot, state_bits
 from torch.nn import Parameter
 
@@ -31,18 +33,6 @@ TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.float64: {"rtol"
 def one_thread(restore_threads: None) -> None:
     """Take torch's own steps on one thread: on a busy machine its teams wait for each other, for seconds at times."""
     torch.set_num_threads(1)
-
-
-def coo(indices: Any, values: torch.Tensor, shape: Any) -> torch.Tensor:
-    return torch.sparse_coo_tensor(torch.as_tensor(indices), values, tuple(shape), check_invariants=False)
-
-
-def through_a_file(value: Any) -> Any:
-    """Save and load as users are told to."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class Run:

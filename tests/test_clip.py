@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import coo
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleTable
@@ -39,15 +40,6 @@ TOOLS: dict[str, Callable[[Any], Any]] = {
     "coalesce_grads_": coalesce_grads_,
 }
 each_tool = pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-
-
-def coo(indices: Any, values: Any, shape: Sequence[int], **flags: bool) -> Tensor:
-    """An uncoalesced gradient; ``indices`` are rows, or ``[sparse_dim, num_lookups]``."""
-    indices = torch.as_tensor(indices, dtype=torch.int64)
-    indices = indices[None] if indices.dim() == 1 else indices
-    return torch.sparse_coo_tensor(
-        indices, torch.as_tensor(values), tuple(shape), **{"check_invariants": True, **flags}
-    )
 
 
 def with_grad(grad: Tensor | None) -> Parameter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from saving import through_a_file
 from snapshot import bits, snapshot, state_bits
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -707,13 +707,6 @@ def test_another_value_of_the_option_is_refused(value: Any, error: type[Exceptio
 
 
 # Checkpoints --------------------------------------------------------------------------------------
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
 
 
 def resumed(run: Run, saved: dict[str, Any], **options: Any) -> Run:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from gradients import coo
 from torch.nn import Parameter
 
 from sparseadam import SparseAdam, _memory
@@ -43,10 +44,6 @@ def visits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[host.Visit]]:
         patch.setattr(host, "is_apart", lambda update: True)
         patch.setattr(host, "fetch_rows", note)
         yield seen
-
-
-def coo(indices: torch.Tensor, values: torch.Tensor, shape: Any) -> torch.Tensor:
-    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
 
 
 def run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import math
 import pickle
 import re
@@ -15,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, IS_INTERPRETED, many, num_examples
+from gradients import coo_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import OracleTable, read_state
+from saving import through_a_file
 from snapshot import bits, snapshot
 from torch import Tensor
 from torch.nn import Parameter
@@ -97,14 +98,6 @@ def warned_already(monkeypatch: pytest.MonkeyPatch) -> None:
 def exact_values(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     """Values of which hundreds can be summed exactly in float32, and each is exact in bfloat16 and float16."""
     return rng.integers(-128, 129, tuple(shape)) / 64.0
-
-
-def coo(indices: Any, values: Any, table: Tensor) -> Tensor:
-    """An uncoalesced gradient; ``indices`` are rows, or ``[sparse_dim, num_lookups]``."""
-    indices = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
-    indices = indices[None] if indices.dim() == 1 else indices
-    values = torch.as_tensor(values).to(table.dtype)
-    return torch.sparse_coo_tensor(indices, values, tuple(table.shape), check_invariants=True)
 
 
 def message_of(call: Callable[[], object], *errors: type[Exception]) -> str:
@@ -216,7 +209,7 @@ class Judged:
         sparse_shape = self.case.sparse_shape
         # A table of one row may have a gradient without sparse dimensions.
         indices = np.array(np.unravel_index(rows, sparse_shape)) if sparse_shape else np.zeros((0, len(rows)))
-        self.table.grad = coo(indices, values.reshape(-1, *self.case.row_shape), self.table)
+        self.table.grad = coo_of(indices, values.reshape(-1, *self.case.row_shape), self.table)
         stepped = ("betas", "eps", "maximize", "torch_eps", "weight_decay", "nonfinite")
         self.oracle.step(rows, values, lr=lr, **{name: self.options[name] for name in stepped})
 
@@ -353,7 +346,7 @@ def large_data(dtype: str, width: int, num_lookups: int, has_bad_rows: bool) -> 
         values = rng.standard_normal((num_lookups, width))
         if has_bad_rows:
             values[step :: num_lookups // 3, step] = np.nan
-        grads.append(coo(rows, values, table))
+        grads.append(coo_of(rows, values, table))
     return table, grads
 
 
@@ -448,7 +441,7 @@ def test_exact_decay_and_flush_are_adamws_on_rows_never_touched(backend: str, dt
     for step in range(40):
         optimizer.param_groups[0]["lr"] = schedule(step)
         rows = [step % 3, 1] if step % 4 else []
-        table.grad = coo(rows, torch.randn(len(rows), 5, dtype=dtype), table)
+        table.grad = coo_of(rows, torch.randn(len(rows), 5, dtype=dtype), table)
         optimizer.step()
         assert torch.equal(table.detach()[3:], start[3:]), "rows that were not touched keep their bits until flush()"
     optimizer.flush()
@@ -469,7 +462,7 @@ def test_exact_decay_is_adamws_on_rows_touched_now_and_then(backend: str) -> Non
     expected = start.clone()
     for step in range(60):
         rows = (torch.rand(8) ** 3 * 29).long()
-        grad = coo(rows, torch.randn(8, 4, dtype=torch.float64), plain)
+        grad = coo_of(rows, torch.randn(8, 4, dtype=torch.float64), plain)
         before = plain.detach().clone()
         for table, optimizer in ((decayed, with_decay), (plain, without)):
             optimizer.param_groups[0]["lr"] = schedule(step)
@@ -499,7 +492,7 @@ def test_it_is_adamw_where_every_row_is_touched_at_every_step(
     partner = torch.optim.AdamW([theirs], **shared, lr=1.0)
     for step in range(30):
         # Gradients that grow and shrink, so that the largest second moment is often not the present one.
-        ours.grad = coo(torch.randperm(9), torch.randn(9, 5, dtype=torch.float64) * 4 ** math.cos(step / 3), ours)
+        ours.grad = coo_of(torch.randperm(9), torch.randn(9, 5, dtype=torch.float64) * 4 ** math.cos(step / 3), ours)
         theirs.grad = ours.grad.to_dense()
         for each in (optimizer, partner):
             each.param_groups[0]["lr"] = schedule(step)
@@ -517,7 +510,7 @@ def test_decay_of_touched_rows_is_paid_once_a_touch(backend: str) -> None:
     table = Parameter(torch.ones(4, 3, dtype=torch.float64))
     optimizer = SparseAdam([table], lr=0.5, weight_decay=0.5, backend=backend)
     for rows in ([0, 0, 1], [], [0], [2, 0]):
-        table.grad = coo(rows, torch.zeros(len(rows), 3), table)
+        table.grad = coo_of(rows, torch.zeros(len(rows), 3), table)
         optimizer.step()
     optimizer.flush()
     assert table.detach()[:, 0].tolist() == [0.75**3, 0.75, 0.75, 1.0]
@@ -529,7 +522,7 @@ def test_maximize_does_not_turn_the_decay_round(backend: str) -> None:
         optimizer = SparseAdam(
             [table], lr=0.5, weight_decay=0.5, weight_decay_mode=mode, maximize=True, backend=backend
         )
-        table.grad = coo([0], torch.zeros(1, 3), table)
+        table.grad = coo_of([0], torch.zeros(1, 3), table)
         optimizer.step()
         optimizer.flush()
         assert table.detach()[:, 0].tolist() == ([0.75, 1.0] if mode == "touched" else [0.75, 0.75])
@@ -539,7 +532,7 @@ def test_exact_decay_counts_a_step_without_lookups_and_none_without_a_gradient(b
     table = Parameter(torch.ones(2, 3))
     optimizer = SparseAdam([table], lr=0.5, weight_decay=0.5, weight_decay_mode="exact", backend=backend)
     for rows in ([0], None, [], None):
-        table.grad = None if rows is None else coo(rows, torch.zeros(len(rows), 3), table)
+        table.grad = None if rows is None else coo_of(rows, torch.zeros(len(rows), 3), table)
         optimizer.step()
     optimizer.flush()
     assert table.detach()[:, 0].tolist() == pytest.approx([0.75**2] * 2, rel=1e-6)
@@ -551,7 +544,7 @@ def test_flushing_twice_and_before_the_first_step_changes_nothing(backend: str) 
     before = snapshot(optimizer)
     optimizer.flush()
     assert snapshot(optimizer) == before
-    table.grad = coo([1, 2], torch.randn(2, 3), table)
+    table.grad = coo_of([1, 2], torch.randn(2, 3), table)
     optimizer.step()
     optimizer.flush()
     before = snapshot(optimizer)
@@ -564,7 +557,7 @@ def test_a_flush_that_raises_has_changed_nothing(backend: str) -> None:
     options = {"lr": 0.5, "weight_decay": 0.5, "weight_decay_mode": "exact"}
     optimizer = SparseAdam([{"params": [table]} for table in tables], **options, backend=backend)
     for table in tables:
-        table.grad = coo([0], torch.ones(1, 3), table)
+        table.grad = coo_of([0], torch.ones(1, 3), table)
     optimizer.step()
     optimizer.param_groups[1]["eps"] = -1.0
     before = snapshot(optimizer)
@@ -583,7 +576,7 @@ def test_flush_reaches_every_row_of_a_large_table(is_transposed: bool, restore_t
     optimizer = SparseAdam([table], lr=0.5, weight_decay=0.5, weight_decay_mode="exact")
     paid = torch.arange(0, num_rows, 7)
     for rows in (torch.tensor([0]), paid, torch.tensor([5])):
-        table.grad = coo(rows, torch.zeros(len(rows), 3), table)
+        table.grad = coo_of(rows, torch.zeros(len(rows), 3), table)
         optimizer.step()
     optimizer.flush()
     torch.testing.assert_close(table.detach(), start * 0.75**3, rtol=1e-6, atol=0)
@@ -594,7 +587,7 @@ def test_flush_reaches_every_row_of_a_large_table(is_transposed: bool, restore_t
 def test_flush_tells_autograd_of_its_writes(backend: str) -> None:
     table = Parameter(torch.ones(5, 3))
     optimizer = SparseAdam([table], lr=0.5, weight_decay=0.5, weight_decay_mode="exact", backend=backend)
-    table.grad = coo([], torch.zeros(0, 3), table)
+    table.grad = coo_of([], torch.zeros(0, 3), table)
     optimizer.step()
     loss = table.pow(2).sum()
     optimizer.flush()
@@ -620,10 +613,10 @@ def test_a_row_first_touched_at_step_1000_moves_as_at_step_1_of_adam(backend: st
     for table, optimizer in ((late, optimizers[0]), (by_table, optimizers[2])):
         for step in range(steps_before):
             rows = [0] if step % 3 else []
-            table.grad = coo(rows, torch.ones(len(rows), 6), table)
+            table.grad = coo_of(rows, torch.ones(len(rows), 6), table)
             optimizer.step()
     for count in range(1, 13):
-        grad = coo([2], torch.randn(1, 6), early)
+        grad = coo_of([2], torch.randn(1, 6), early)
         for table, optimizer in zip((late, early, by_table), optimizers, strict=True):
             table.grad = grad
             optimizer.step()
@@ -642,7 +635,7 @@ def test_touches_are_counted_up_to_what_an_int32_holds(backend: str) -> None:
     table = Parameter(torch.zeros(2, 3))
     optimizer = SparseAdam([table], lr=0.1, bias_correction="row", backend=backend)
     for number, expected in enumerate((1, 2**31 - 1, 2**31 - 1)):
-        table.grad = coo([1], torch.ones(1, 3), table)
+        table.grad = coo_of([1], torch.ones(1, 3), table)
         optimizer.step()
         state = optimizer.state[table]
         assert state["row_steps"].tolist() == [expected]
@@ -658,7 +651,7 @@ def test_touches_are_counted_up_to_what_an_int32_holds(backend: str) -> None:
 def test_one_second_moment_a_row_is_the_mean_of_the_squares(backend: str) -> None:
     table = Parameter(torch.zeros(3, 2, 2, dtype=torch.float64))
     optimizer = SparseAdam([table], lr=1.0, betas=(0.0, 0.5), eps=1e-12, second_moment="row", backend=backend)
-    table.grad = coo([1], torch.tensor([[[1.0, 3.0], [0.0, -2.0]]]), table)
+    table.grad = coo_of([1], torch.tensor([[[1.0, 3.0], [0.0, -2.0]]]), table)
     optimizer.step()
     state = optimizer.state[table]
     assert state["exp_avg_sq"].tolist() == [0.5 * 14 / 4]
@@ -687,7 +680,7 @@ def test_the_state_takes_as_many_bytes_as_its_option_needs(
     """A slot has its row's number besides, and may be padded to some bytes; the table's index has 4 bytes a row."""
     table = Parameter(torch.zeros(500, 64))
     optimizer = SparseAdam([table], **options, backend=backend)
-    table.grad = coo(range(400), torch.ones(400, 64), table)
+    table.grad = coo_of(range(400), torch.ones(400, 64), table)
     optimizer.step()
     needed = 400 * (bytes_of_slot + 8) + 500 * 4
     assert needed <= optimizer.moment_bytes() <= needed + 400 * 8
@@ -708,14 +701,14 @@ def test_the_state_takes_as_many_bytes_as_its_option_needs(
 def test_what_is_kept_for_whole_rows_is_not_regrouped_but_refused(backend: str, options: dict[str, Any]) -> None:
     table = Parameter(torch.ones(4, 6))
     optimizer = SparseAdam([table], **options, backend=backend)
-    table.grad = coo([1, 3], torch.ones(2, 6), table)
+    table.grad = coo_of([1, 3], torch.ones(2, 6), table)
     optimizer.step()
     before = snapshot(optimizer)
-    table.grad = coo([[1, 3], [0, 5]], torch.ones(2), table)
+    table.grad = coo_of([[1, 3], [0, 5]], torch.ones(2), table)
     message = message_of(optimizer.step, RuntimeError)
     assert "group 0, parameter 0" in message
     assert snapshot(optimizer) == before
-    table.grad = coo([1, 2], torch.ones(2, 6), table)
+    table.grad = coo_of([1, 2], torch.ones(2, 6), table)
     optimizer.step()
 
 
@@ -723,13 +716,13 @@ def test_what_is_kept_for_whole_rows_is_not_regrouped_but_refused(backend: str, 
 def test_moments_of_single_elements_are_regrouped_bit_for_bit(backend: str, options: dict[str, Any]) -> None:
     table = Parameter(torch.ones(4, 6))
     optimizer = SparseAdam([table], **options, backend=backend)
-    table.grad = coo([1, 3], torch.randn(2, 6, generator=torch.Generator().manual_seed(1)), table)
+    table.grad = coo_of([1, 3], torch.randn(2, 6, generator=torch.Generator().manual_seed(1)), table)
     optimizer.step()
     by_row = read_state(optimizer.state[table], 4, 6)
     assert len(by_row) == (3 if "amsgrad" in options else 2)
     for sparse_dim in (2, 0, 1):
         row_shape = table.shape[sparse_dim:]
-        table.grad = coo(torch.zeros(sparse_dim, 0), torch.zeros(0, *row_shape), table)
+        table.grad = coo_of(torch.zeros(sparse_dim, 0), torch.zeros(0, *row_shape), table)
         optimizer.step()
         assert optimizer.state[table]["exp_avg"].shape[1:] == row_shape
         for key, part in read_state(optimizer.state[table], 24 // row_shape.numel(), row_shape.numel()).items():
@@ -744,7 +737,7 @@ def test_tables_without_elements_are_stepped_and_saved(
     table = Parameter(torch.ones(shape))
     optimizer = SparseAdam([table], **options, backend=backend)
     for rows in ([1, 3], []) if shape[0] else ([], []):
-        table.grad = coo(rows, torch.zeros(len(rows), shape[1]), table)
+        table.grad = coo_of(rows, torch.zeros(len(rows), shape[1]), table)
         optimizer.step()
     optimizer.flush()
     state = optimizer.state[table]
@@ -764,7 +757,7 @@ def test_a_number_held_in_a_tensor_is_read_at_each_step(backend: str, name: str)
     weights = 1.0
     for value in (0.1, 0.7, 0.1):
         held.fill_(value)
-        table.grad = coo([0], torch.zeros(1, 3), table)
+        table.grad = coo_of([0], torch.zeros(1, 3), table)
         optimizer.step()
         weights *= 1 - value * 0.5
         assert table[0, 0].item() == pytest.approx(weights, rel=1e-6)
@@ -795,14 +788,14 @@ class Named:
         generator = torch.Generator().manual_seed(seed)
         for table in self.tables.values():
             rows = torch.cat([torch.arange(10), torch.randint(10, (5,), generator=generator)])
-            table.grad = coo(rows, torch.randn(15, 4, generator=generator), table)
+            table.grad = coo_of(rows, torch.randn(15, 4, generator=generator), table)
 
     def add_lookups(self, rows: list[int], values: Any) -> None:
         """Add lookups to the target's gradient."""
         grad = self.target.grad
         assert grad is not None
         values = torch.as_tensor(values, dtype=torch.float64).to(grad.dtype)
-        self.target.grad = coo(
+        self.target.grad = coo_of(
             torch.cat([grad._indices()[0], torch.tensor(rows)]), torch.cat([grad._values(), values]), grad
         )
 
@@ -875,7 +868,7 @@ def test_error_names_the_same_rows_on_any_number_of_threads(restore_threads: Non
         for num_threads in (1, 2, 7):
             torch.set_num_threads(num_threads)
             table = Parameter(data[0].clone())
-            table.grad = coo(data[1][0]._indices(), values, table)
+            table.grad = coo_of(data[1][0]._indices(), values, table)
             messages.append(message_of(SparseAdam([table], nonfinite="error", backend=backend).step, RuntimeError))
             assert torch.equal(table.detach(), data[0])
     assert set(messages) == {messages[0]}
@@ -887,7 +880,7 @@ def test_error_in_the_first_step_leaves_no_state(backend: str) -> None:
     table = Parameter(torch.ones(5, 2))
     optimizer = SparseAdam([table], nonfinite="error", backend=backend)
     before = snapshot(optimizer)
-    table.grad = coo([4, 1], [[1.0, 2.0], [NAN, 1.0]], table)
+    table.grad = coo_of([4, 1], [[1.0, 2.0], [NAN, 1.0]], table)
     assert re.search(r"group 0, parameter 0.*\brows? 1\b", message_of(optimizer.step, RuntimeError))
     assert snapshot(optimizer) == before
 
@@ -899,11 +892,11 @@ def test_error_in_one_table_keeps_another_from_skipping(backend: str) -> None:
     for step in range(2):
         before = snapshot(optimizer)
         for table in tables:
-            table.grad = coo([1, 3], [[NAN, 1.0], [1.0, 1.0]], table)
+            table.grad = coo_of([1, 3], [[NAN, 1.0], [1.0, 1.0]], table)
         assert re.search(r"group 1, parameter 0.*\brows? 1\b", message_of(optimizer.step, RuntimeError))
         assert snapshot(optimizer) == before, f"step {step}"
         for table in tables:
-            table.grad = coo([1, 3], torch.ones(2, 2), table)
+            table.grad = coo_of([1, 3], torch.ones(2, 2), table)
         optimizer.step()
 
 
@@ -911,7 +904,7 @@ def test_error_names_rows_of_the_first_faulty_table_only(backend: str) -> None:
     tables = [Parameter(torch.ones(40, 2)) for _ in range(3)]
     optimizer = SparseAdam(tables, nonfinite="error", backend=backend)
     for table, bad_row in zip(tables, (None, 31, 17), strict=True):
-        table.grad = coo([5, bad_row or 6], [[1.0, 1.0], [1.0 if bad_row is None else NAN, 1.0]], table)
+        table.grad = coo_of([5, bad_row or 6], [[1.0, 1.0], [1.0 if bad_row is None else NAN, 1.0]], table)
     message = message_of(optimizer.step, RuntimeError)
     assert re.search(r"group 0, parameter 1.*\brows? 31\b", message)
     assert "17" not in message
@@ -929,7 +922,7 @@ def test_error_is_found_in_a_step_that_both_backends_share_before_either_writes(
             values = torch.ones(2, 4)
             if is_faulty and index == faulty:
                 values[1, 2] = INF
-            table.grad = coo([5, 2], values, table)
+            table.grad = coo_of([5, 2], values, table)
         if is_faulty:
             message = message_of(optimizer.step, RuntimeError)
             assert re.search(rf"group 0, parameter {faulty}.*\brows? 2\b", message)
@@ -988,7 +981,7 @@ def test_skip_is_a_step_without_the_bad_rows(backend: str, bad: tuple[list[int],
             grad = run.target.grad
             assert grad is not None
             kept = grad._indices()[0] != row
-            run.target.grad = coo(grad._indices()[:, kept], grad._values()[kept], grad)
+            run.target.grad = coo_of(grad._indices()[:, kept], grad._values()[kept], grad)
         skipping.add_lookups([row] * len(rows), values)
         skipping.optimizer.step()
         without.optimizer.step()
@@ -1011,7 +1004,7 @@ def test_skip_leaves_a_step_whose_rows_are_all_bad_empty(backend: str) -> None:
     table = Parameter(torch.ones(5, 2))
     optimizer = SparseAdam([table], nonfinite="skip", backend=backend)
     for count in (1, 2):
-        table.grad = coo([1, 4, 1], torch.full((3, 2), NAN), table)
+        table.grad = coo_of([1, 4, 1], torch.full((3, 2), NAN), table)
         optimizer.step()
         state = optimizer.state[table]
         assert (state["step"], len(state["rows"]), state["num_skipped"]) == (count, 0, 2 * count)
@@ -1021,7 +1014,7 @@ def test_skip_leaves_a_step_whose_rows_are_all_bad_empty(backend: str) -> None:
 def test_the_count_of_skipped_rows_goes_on_when_gradients_name_elements(backend: str) -> None:
     table = Parameter(torch.ones(5, 2))
     optimizer = SparseAdam([table], nonfinite="skip", backend=backend)
-    table.grad = coo([1, 4], [[NAN, 1.0], [1.0, 1.0]], table)
+    table.grad = coo_of([1, 4], [[NAN, 1.0], [1.0, 1.0]], table)
     optimizer.step()
     table.grad = torch.sparse_coo_tensor([[4, 0], [1, 0]], [1.0, NAN], table.shape, check_invariants=True)
     optimizer.step()
@@ -1039,7 +1032,7 @@ def test_skip_finds_bad_rows_in_large_steps_as_an_empty_gradient_would(backend: 
         bad = rows[~values.isfinite().all(dim=1)].unique()
         num_skipped += len(bad)
         kept = ~torch.isin(rows, bad)
-        without.grads[index] = coo(rows[kept], values[kept], grad)
+        without.grads[index] = coo_of(rows[kept], values[kept], grad)
     got, expected = skipping.run(), without.run()
     assert num_skipped > 3
     assert got["states"][0][0].pop("num_skipped") == ("int", str(num_skipped))
@@ -1060,7 +1053,7 @@ def test_propagate_makes_nan_of_what_torch_makes_nan_of(
         rows, values = (*range(6),), torch.randn(6, 4)
         if step == 1:
             rows, values = (*rows, *bad[0]), torch.cat([values, torch.tensor(bad[1])])
-        ours.grad = coo(rows, values, ours)
+        ours.grad = coo_of(rows, values, ours)
         theirs.grad = ours.grad.to_dense()
         optimizer.step()
         partner.step()
@@ -1080,10 +1073,10 @@ def test_a_largest_second_moment_that_is_nan_stays_so(backend: str, second_momen
     table = Parameter(torch.ones(2, 3))
     optimizer = SparseAdam([table], amsgrad=True, second_moment=second_moment, backend=backend)
     for _ in range(2):
-        table.grad = coo([0, 1], torch.ones(2, 3), table)
+        table.grad = coo_of([0, 1], torch.ones(2, 3), table)
         optimizer.step()
         optimizer.state[table]["max_exp_avg_sq"][0] = NAN
-    table.grad = coo([0, 1], torch.ones(2, 3), table)
+    table.grad = coo_of([0, 1], torch.ones(2, 3), table)
     optimizer.step()
     largest = optimizer.state[table]["max_exp_avg_sq"]
     assert largest[0].isnan().all() and largest[1].isfinite().all()
@@ -1091,14 +1084,6 @@ def test_a_largest_second_moment_that_is_nan_stays_so(backend: str, second_momen
 
 
 # Saving -------------------------------------------------------------------------------------------
-
-
-def through_a_file(value: Any) -> Any:
-    """Save and load as users are told to."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def run_unflushed(case: Large, begin: int, end: int) -> None:
@@ -1315,7 +1300,7 @@ def test_an_option_that_shapes_the_state_may_change_before_there_is_one(backend:
     changed, built = SparseAdam([tables[0]], backend=backend), SparseAdam([tables[1]], amsgrad=True, backend=backend)
     changed.param_groups[0]["amsgrad"] = True
     for table, optimizer in zip(tables, (changed, built), strict=True):
-        table.grad = coo([1, 2], torch.ones(2, 3), table)
+        table.grad = coo_of([1, 2], torch.ones(2, 3), table)
         optimizer.step()
     assert snapshot(changed) == snapshot(built)
 
@@ -1358,7 +1343,7 @@ def test_dense_gradients_get_adamws_update(backend: str) -> None:
     for _ in range(5):
         ours.grad = torch.randn(7, 3)
         theirs.grad = ours.grad.clone()
-        table.grad = coo([1, 5, 1], torch.randn(3, 4), table)
+        table.grad = coo_of([1, 5, 1], torch.randn(3, 4), table)
         optimizer.step()
         partner.step()
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-6, atol=1e-7)

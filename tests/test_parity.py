@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from gradients import coo
 from torch import Tensor, nn
 
 from sparseadam import SparseAdam
@@ -45,13 +46,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def exact(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Values of which hundreds can be summed exactly in float32; ``scale`` is a power of two."""
     return (torch.randint(-128, 129, shape) / 64 * scale).to(dtype)
-
-
-def coo(indices: Any, values: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uncoalesced gradient; ``indices`` are rows, or ``[sparse_dim, num_lookups]``."""
-    indices = torch.as_tensor(indices, dtype=torch.int64)
-    indices = indices[None] if indices.dim() == 1 else indices
-    return torch.sparse_coo_tensor(indices, values, tuple(shape), check_invariants=True)
 
 
 def lookups(table: Tensor, rows: Any, scale: float = 1.0) -> Tensor:

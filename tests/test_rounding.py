@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
+from gradients import coo_of
 from oracle import (
     EXP_AVG_SHARES,
     EXP_AVG_SQ_SHARES,
@@ -49,14 +50,6 @@ def one_thread(restore_threads: None, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield
 
 
-def coo(rows: Any, values: Any, table: Tensor) -> Tensor:
-    """An uncoalesced gradient of one sparse dimension."""
-    rows = torch.as_tensor(np.asarray(rows), dtype=torch.int64)[None]
-    return torch.sparse_coo_tensor(
-        rows, torch.as_tensor(values).to(table.dtype), tuple(table.shape), check_invariants=True
-    )
-
-
 def optimizer_of(*tables: Tensor, seed: int = 1, **options: Any) -> SparseAdam:
     return SparseAdam(list(tables), generator=torch.Generator().manual_seed(seed), **options)
 
@@ -64,7 +57,7 @@ def optimizer_of(*tables: Tensor, seed: int = 1, **options: Any) -> SparseAdam:
 def step_all_rows(optimizer: SparseAdam, table: Tensor, gradient: Any) -> None:
     """Take a step on which every row has the same gradient ``[width]``, or one each ``[num_rows, width]``."""
     values = torch.as_tensor(gradient).to(table.dtype).expand(table.shape)
-    table.grad = coo(np.arange(len(table)), values, table)
+    table.grad = coo_of(np.arange(len(table)), values, table)
     optimizer.step()
 
 
@@ -102,7 +95,7 @@ def test_moments_are_stored_as_one_of_two_neighbours(
         rows = np.flatnonzero(rng.random(num_rows) < 0.7)
         # Powers of two times few bits: exact in every dtype, float16's subnormals included.
         values = rng.integers(-8, 9, (len(rows), width)) * 2.0 ** rng.integers(-20, 8, (len(rows), width))
-        table.grad = coo(rows, values, table)
+        table.grad = coo_of(rows, values, table)
         optimizer.step()
         oracle.step(rows, values, **options)
         oracle.assert_step(table.detach().double().numpy(), read_state(optimizer.state[table], num_rows, width))
@@ -213,7 +206,7 @@ def test_no_two_choices_depend_on_each_other(backend: str, moment_dtype: torch.d
     for step in range(3):
         for table in tables:
             gradient = first if step < 2 else second
-            table.grad = coo(np.arange(6000), gradient.expand(6000, 5), table)
+            table.grad = coo_of(np.arange(6000), gradient.expand(6000, 5), table)
         optimizer.step()
         for index, table in enumerate(tables):
             stored = moments_of(optimizer, table)[0 if step < 2 else 1]
@@ -274,7 +267,7 @@ def test_blocks_of_rows_of_several_dimensions_follow_their_elements(backend: str
     states = []
     for table in tables:
         optimizer = optimizer_of(table, moment_dtype=torch.uint8, backend=backend)
-        table.grad = coo(range(4), values.reshape(table.shape), table)
+        table.grad = coo_of(range(4), values.reshape(table.shape), table)
         optimizer.step()
         states.append(optimizer.state[table])
     for state, table in zip(states, tables, strict=True):
@@ -288,18 +281,18 @@ def test_rows_whose_gradient_is_zero_stay_zero_and_go_on(backend: str, moment_dt
     table = Parameter(torch.ones(4, 130))
     optimizer = optimizer_of(table, moment_dtype=moment_dtype, backend=backend)
     for _ in range(3):
-        table.grad = coo([0, 2], torch.zeros(2, 130), table)
+        table.grad = coo_of([0, 2], torch.zeros(2, 130), table)
         optimizer.step()
     m, v = moments_of(optimizer, table)
     assert (m == 0).all() and (v == 0).all()
     assert torch.equal(table.detach(), torch.ones(4, 130))
     assert optimizer.state[table]["rows"].tolist() == [0, 2]
-    table.grad = coo([0, 2], torch.ones(2, 130), table)
+    table.grad = coo_of([0, 2], torch.ones(2, 130), table)
     optimizer.step()
     assert table.isfinite().all() and (table[0] < 1).all()
     # And back: what was there fades, and never turns into something else.
     for _ in range(3):
-        table.grad = coo([0, 2], torch.zeros(2, 130), table)
+        table.grad = coo_of([0, 2], torch.zeros(2, 130), table)
         optimizer.step()
     m, v = moments_of(optimizer, table)
     assert (m[0] > 0).all() and (v[0] > 0).all() and table.isfinite().all()
@@ -317,7 +310,7 @@ def test_bad_gradients_stay_in_their_block(backend: str, bad: float, moment_dtyp
             values = torch.randn(3, 300, generator=torch.Generator().manual_seed(step))
             if step == 1:
                 values[1, 140] = value
-            table.grad = coo([0, 2, 3], values, table)
+            table.grad = coo_of([0, 2, 3], values, table)
             optimizer.step()
             if step > 0 and value is bad:
                 assert table[2, 140].isnan()
@@ -438,7 +431,7 @@ def test_small_decays_are_kept_in_both_modes_and_by_flush(backend: str, dtype: t
             if is_touched:
                 step_all_rows(optimizer, table, torch.zeros(8))
             else:
-                table.grad = coo([], torch.zeros(0, 8), table)
+                table.grad = coo_of([], torch.zeros(0, 8), table)
                 optimizer.step()
                 optimizer.flush()
         drift = 1 - table.detach().double().numpy()
@@ -455,7 +448,7 @@ def rounded_run(
     optimizer = SparseAdam([table], lr=0.003, **options, generator=generator, backend=backend)
     for _ in range(3):
         rows = rng.integers(0, 600, 4000)
-        table.grad = coo(rows, rng.standard_normal((4000, 90)), table)
+        table.grad = coo_of(rows, rng.standard_normal((4000, 90)), table)
         optimizer.step()
     return optimizer, table
 
@@ -496,7 +489,7 @@ def test_two_tables_of_one_optimizer_are_rounded_apart(backend: str) -> None:
     groups = [{"params": tables[:2]}, {"params": tables[2:]}]
     optimizer = SparseAdam(groups, lr=0.002, stochastic_rounding=True, generator=torch.Generator(), backend=backend)
     for table in tables:
-        table.grad = coo(np.arange(200), torch.ones(200, 8), table)
+        table.grad = coo_of(np.arange(200), torch.ones(200, 8), table)
     optimizer.step()
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert 0.3 < (tables[one] == tables[other]).double().mean() < 0.8
@@ -531,7 +524,7 @@ def test_both_backends_choose_alike_where_what_they_round_is_the_same(
             table = Parameter((start if is_rounded or dtype is torch.float64 else start.float()).clone())
             chosen = options if is_rounded else {}
             optimizer = optimizer_of(table, lr=0.003, **chosen, backend=backend)
-            table.grad = coo(rows, values, table)
+            table.grad = coo_of(rows, values, table)
             optimizer.step()
             stepped[backend, is_rounded] = optimizer, table
     ours, theirs = (stepped[backend, True] for backend in ("native", "reference"))
@@ -561,7 +554,7 @@ def test_a_saved_run_is_resumed_with_the_same_bits(backend: str, dtype: torch.dt
         rows, values = rng.integers(0, 600, 900), rng.standard_normal((900, 90))
         for each in (optimizer, resumed, unlike):
             (parameter,) = each.param_groups[0]["params"]
-            parameter.grad = coo(rows, values, parameter)
+            parameter.grad = coo_of(rows, values, parameter)
             each.step()
     assert snapshot(resumed) == snapshot(optimizer)
     got, expected = snapshot(unlike), snapshot(optimizer)

@@ -24,6 +24,7 @@ from sparseadam import SparseAdam, coalesce_grads_
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 PLAIN = "The plain loop"
 SEVERAL_PROCESSES = "Several processes"  # run by test_distributed_data_parallel.py
+MEMORY = "Memory of large batches"  # says how to start a program, and has no Python
 
 
 def read_blocks() -> dict[str, str]:
@@ -31,6 +32,8 @@ def read_blocks() -> dict[str, str]:
     sections = re.split(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = {}
     for heading, text in zip(sections[1::2], sections[2::2], strict=True):
+        if heading == MEMORY:
+            continue
         (found[heading],) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return found
 

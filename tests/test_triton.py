@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS, IS_INTERPRETED
+from gradients import coo
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,10 +32,6 @@ needs_compiler = pytest.mark.skipif(IS_INTERPRETED or not has_triton, reason="Tr
 needs_interpreter = pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's interpreter: make test-triton")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def coo(rows: Any, values: torch.Tensor, shape: Any) -> torch.Tensor:
-    return torch.sparse_coo_tensor(torch.as_tensor(rows)[None], values, shape, check_invariants=True)
 
 
 def a_step(dtype: torch.dtype = torch.float32, width: int = 64, num_lookups: int = 6, **options: Any) -> RowUpdate:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, many
+from gradients import coo
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleTable
@@ -30,13 +31,6 @@ needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="this install
 def exact_values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Values of which hundreds can be summed exactly in float32, and each is exact in bfloat16 and float16."""
     return rng.integers(-128, 129, shape) / 64.0
-
-
-def coo(rows: Any, values: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uncoalesced gradient of one sparse dimension."""
-    return torch.sparse_coo_tensor(
-        torch.as_tensor(rows)[None], torch.as_tensor(values).to(dtype), shape, check_invariants=True
-    )
 
 
 def dense_state(optimizer: SparseAdam, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,8 +12,10 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import BACKENDS, many, num_examples
+from gradients import coo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saving import through_a_file
 from snapshot import bits, snapshot, state_bits
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -179,20 +180,6 @@ class Run:
         return bits(self.other), state_bits(self.optimizer, self.other), self.optimizer.state[self.table]["step"]
 
 
-def coo(indices: Any, values: Tensor, shape: Any) -> Tensor:
-    return torch.sparse_coo_tensor(torch.as_tensor(indices), values, tuple(shape), check_invariants=True)
-
-
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-# Forgetting ---------------------------------------------------------------------------------------
-
-# The third step is the first to look up rows 5 and 10, so first and last slots belong to other rows than these.
 WHICH = {"some": (7, 2, 9), "first slots": (0, 1, 2), "last slots": (10, 5), "all": tuple(range(NUM_ROWS))}
 each_choice = pytest.mark.parametrize(
     ("which", "sparse_shape"),
