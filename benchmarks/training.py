@@ -70,8 +70,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def _measure_apart(optimizer: str, case: str, memory: str, seconds: float) -> dict[str, float]:
-    ours = {name for variables in VARIABLES.values() for name in variables}
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | VARIABLES[memory]
+    measured = {name for variables in VARIABLES.values() for name in variables}
+    environment = {name: value for name, value in os.environ.items() if name not in measured} | VARIABLES[memory]
     command = [sys.executable, "-c", CHILD, optimizer, case, str(seconds)]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode != 0:
@@ -141,7 +141,7 @@ COLUMNS = (
         lambda record: _gain(record, record["seconds"][TORCH_SPARSE]),
     ),
     Column(
-        f"than {AS_IT_IS}",
+        f"whole, against {AS_IT_IS}",
         f"the same against torch.optim.SparseAdam with memory {AS_IT_IS}",
         lambda record: _gain(record, record["seconds_as_it_is"]),
     ),
