@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparseadam.bench.cli import require
 from sparseadam.bench.errors import BenchError
@@ -72,6 +75,14 @@ def _measure(script: Script, options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(origin(records[0]), markup=False)
     console.print(terminal_table(script.columns, records, script.title))
+
+
+def record_of_process(what: str, command: Sequence[str], **options: Any) -> Any:
+    """Run a command and return the first line of its output, read as JSON; where it fails, say so of ``what``."""
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode != 0:
+        raise BenchError(f"{what}: {done.stderr.strip()[-500:] or f'it ended with {done.returncode}'}")
+    return json.loads(done.stdout.partition("\n")[0])
 
 
 def within(value: float, limit: float | None, text: str) -> str:

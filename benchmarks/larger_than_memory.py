@@ -10,9 +10,7 @@ step.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +19,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from common import Script, fits_in_memory, run
+from common import Script, fits_in_memory, record_of_process, run
 from torch import Tensor, nn
 
 import sparseadam
 from sparseadam.bench.control_group import ControlGroup, limited_memory, own_group
-from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import facts
 from sparseadam.bench.report import Column, Record, figure
 
@@ -80,11 +77,7 @@ def _measure_apart(options: argparse.Namespace, where: str, drawn: str) -> Recor
         with limited_memory(options.limit * 2**20) if where == LIMITED else nullcontext() as group:
             if group is not None:
                 command += ["--group", str(group.path)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                problem = done.stderr.strip()[-500:] or f"it ended with {done.returncode}"
-                raise BenchError(f"{NAMES[where]}: {problem}")
-    record: Record = json.loads(done.stdout.partition("\n")[0])
+            record: Record = record_of_process(NAMES[where], command)
     return record
 
 

@@ -7,14 +7,12 @@ are touched, 1,000 in a step. ``VmHWM``, the peak that the kernel keeps, is rese
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import Script, fits_in_memory, run, within
+from common import Script, fits_in_memory, record_of_process, run, within
 from torch import Tensor, nn
 
 from sparseadam import SparseAdam
@@ -60,10 +58,7 @@ def _measure(options: argparse.Namespace) -> Iterator[Record]:
 def _measure_apart(name: str, num_rows: int, touched: int) -> Record:
     command = [sys.executable, __file__, "--json", "/dev/stdout", "--only", name]
     command += ["--rows", str(num_rows), "--touched", str(touched)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BenchError(f"{NAMES[name]} on {num_rows:,} rows could not be measured: {done.stderr.strip()[-500:]}")
-    record: Record = json.loads(done.stdout.partition("\n")[0])
+    record: Record = record_of_process(f"{NAMES[name]} on {num_rows:,} rows could not be measured", command)
     return record
 
 

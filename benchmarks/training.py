@@ -8,21 +8,18 @@ are read when a process starts, so each combination is measured in processes of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from common import Script, run
+from common import Script, record_of_process, run
 from torch.nn import functional
 
 from sparseadam.bench.cases import CASES, TORCH_SPARSE, case_named
-from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import facts
 from sparseadam.bench.measure import OURS, our_optimizer
 from sparseadam.bench.report import Column, Record, figure
@@ -73,10 +70,8 @@ def _measure_apart(optimizer: str, case: str, memory: str, seconds: float) -> di
     measured = {name for variables in VARIABLES.values() for name in variables}
     environment = {name: value for name, value in os.environ.items() if name not in measured} | VARIABLES[memory]
     command = [sys.executable, "-c", CHILD, optimizer, case, str(seconds)]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BenchError(f"{case} with memory {memory} could not be measured: {done.stderr.strip()[-500:]}")
-    medians: dict[str, float] = json.loads(done.stdout)
+    what = f"{case} with memory {memory} could not be measured"
+    medians: dict[str, float] = record_of_process(what, command, env=environment, cwd=Path(__file__).parent)
     return medians
 
 

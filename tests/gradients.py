@@ -18,6 +18,12 @@ def coo(indices: Any, values: Any, shape: Sequence[int], dtype: torch.dtype | No
     return torch.sparse_coo_tensor(indices, values, tuple(shape), **{"check_invariants": True, **flags})
 
 
+def raw(indices: Any, values: Tensor, shape: Sequence[int], **flags: bool) -> Tensor:
+    """Return a gradient as it is given, right or wrong."""
+    indices = torch.as_tensor(indices)
+    return torch.sparse_coo_tensor(indices, values, tuple(shape), **{"check_invariants": False, **flags})
+
+
 def coo_of(indices: Any, values: Any, table: Tensor) -> Tensor:
     """Return a gradient of a table, in its shape and dtype."""
     return coo(indices, values, table.shape, table.dtype)

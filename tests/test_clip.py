@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradients import coo
+from gradients import coo, raw
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleTable
@@ -572,11 +572,6 @@ def foreign(grad: Tensor) -> Parameter:
     param.__class__ = Foreign
     param.foreign_grad = grad  # type: ignore[attr-defined]
     return param
-
-
-def raw(indices: Any, values: Tensor, shape: Sequence[int]) -> Tensor:
-    """A COO gradient that nobody checked."""
-    return torch.sparse_coo_tensor(torch.as_tensor(indices), values, tuple(shape), check_invariants=False)
 
 
 FAULTS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import BACKENDS, many
+from gradients import raw
 from snapshot import bits, snapshot
 from torch.nn import Parameter
 
@@ -38,13 +39,6 @@ STEPS_BEFORE = 3
 def warned_already(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the native module is missing, that is no matter of every test here."""
     monkeypatch.setattr(update, "_warned_slow", True)
-
-
-def coo(indices: Any, values: torch.Tensor, shape: Any, **flags: bool) -> torch.Tensor:
-    """A COO gradient as it is given, right or wrong."""
-    return torch.sparse_coo_tensor(
-        torch.as_tensor(indices), values, tuple(shape), **{"check_invariants": False, **flags}
-    )
 
 
 class Run:
@@ -83,7 +77,7 @@ class Run:
             indices = torch.stack([torch.randint(size, (self.num_lookups,), generator=generator) for size in sizes])
             row_shape = table.shape[sparse_dim:]
             values = torch.randn(self.num_lookups, *row_shape, generator=generator)
-            table.grad = coo(indices, values, table.shape)
+            table.grad = raw(indices, values, table.shape)
 
     def step(self) -> None:
         """Take the next step."""
@@ -153,7 +147,7 @@ def give_index(index: int, *, dim: int = 0, position: int = 7) -> Callable[[Run]
         assert grad is not None
         indices = grad._indices().clone()
         indices[dim, position] = index
-        run.target.grad = coo(indices, grad._values(), grad.shape)
+        run.target.grad = raw(indices, grad._values(), grad.shape)
 
     return inject
 
@@ -186,7 +180,7 @@ def change_data(change: Callable[[torch.Tensor], torch.Tensor], *, keep_grad: bo
             table.grad = None
         table.data = change(before)
         if not keep_grad:
-            table.grad = coo(grad._indices(), grad._values().to(table.dtype), table.shape)
+            table.grad = raw(grad._indices(), grad._values().to(table.dtype), table.shape)
 
         def repair() -> None:
             table.grad = None
@@ -227,7 +221,7 @@ def replace_state(run: Run) -> Repair:
 
 def to_meta(table: torch.Tensor) -> torch.Tensor:
     values = torch.ones(2, table.shape[1], device="meta")
-    return coo(torch.zeros(1, 2, dtype=torch.int64, device="meta"), values, table.shape)
+    return raw(torch.zeros(1, 2, dtype=torch.int64, device="meta"), values, table.shape)
 
 
 def unfitting_values(num_values: int, width: int) -> Callable[[torch.Tensor], Any]:
@@ -566,7 +560,7 @@ def test_a_gradient_of_another_sparse_dim_with_a_bad_index_leaves_the_moments_as
 ) -> None:
     run = Run(backend)
     run.set_gradients()
-    run.target.grad = coo([[3, 3], [1, 4]], torch.ones(2), (40, 4))
+    run.target.grad = raw([[3, 3], [1, 4]], torch.ones(2), (40, 4))
     assert_refused_and_unchanged(run, IndexError, "names index 4 in dimension 1")
     assert_goes_on_alike(run, Run(backend))
 
@@ -601,11 +595,11 @@ def test_of_several_bad_rows_the_first_is_named(backend: str | None) -> None:
 @pytest.mark.parametrize("backend", CHOICES)
 def test_a_table_without_rows_has_none_to_look_up(backend: str | None) -> None:
     table = Parameter(torch.empty(0, 4))
-    table.grad = coo([[0]], torch.ones(1, 4), table.shape)
+    table.grad = raw([[0]], torch.ones(1, 4), table.shape)
     optimizer = SparseAdam([table], backend=backend)
     with pytest.raises(IndexError, match="names row 0, but its table has no rows"):
         optimizer.step()
-    table.grad = coo(torch.empty(1, 0, dtype=torch.int64), torch.ones(0, 4), table.shape)
+    table.grad = raw(torch.empty(1, 0, dtype=torch.int64), torch.ones(0, 4), table.shape)
     optimizer.step()
     assert optimizer.state[table]["step"] == 1
 
@@ -615,7 +609,7 @@ def test_a_claim_to_be_coalesced_is_not_believed(backend: str | None) -> None:
     """Repeated rows are summed, whatever a flag set by hand says: no error, but a wrong step were it believed."""
     indices, values = [[3, 1, 3, 3]], torch.tensor([[1.0, 2.0], [4.0, -2.0], [0.5, 8.0], [-3.0, 2.0]])
     table = Parameter(torch.zeros(5, 2))
-    table.grad = coo(indices, values, table.shape, is_coalesced=True)
+    table.grad = raw(indices, values, table.shape, is_coalesced=True)
     assert table.grad.is_coalesced()
     optimizer = SparseAdam([table], lr=0.5, betas=(0.5, 0.75), backend=backend)
     optimizer.step()
@@ -750,7 +744,7 @@ def test_add_param_group_refuses_an_option_out_of_range_and_adds_nothing(case: R
 
 
 def sparse_table() -> Parameter:
-    return Parameter(coo([[0]], torch.ones(1, 2), (3, 2), check_invariants=True))
+    return Parameter(raw([[0]], torch.ones(1, 2), (3, 2), check_invariants=True))
 
 
 def csr_table() -> Parameter:
@@ -957,7 +951,7 @@ def test_a_table_that_changes_layout_in_the_same_memory_is_looked_at_anew() -> N
     memory = torch.arange(16.0)
     table = Parameter(memory.view(4, 4))
     optimizer = SparseAdam([table], backend="native")
-    table.grad = coo([[1]], torch.ones(1, 4), (4, 4))
+    table.grad = raw([[1]], torch.ones(1, 4), (4, 4))
     optimizer.step()
     before = memory.clone()
     table.data = memory.view(4, 4).t()
@@ -974,11 +968,11 @@ def test_a_table_that_changes_dtype_in_the_same_memory_is_looked_at_anew() -> No
         memory = torch.ones(4, 4)
         table = tables[backend] = Parameter(memory)
         optimizer = SparseAdam([table], backend=backend)
-        table.grad = coo([[1]], torch.ones(1, 4), (4, 4))
+        table.grad = raw([[1]], torch.ones(1, 4), (4, 4))
         optimizer.step()
         table.grad = None
         table.data = memory.view(torch.bfloat16)[:, :4].fill_(1.0)
-        table.grad = coo([[1]], torch.ones(1, 4, dtype=torch.bfloat16), (4, 4))
+        table.grad = raw([[1]], torch.ones(1, 4, dtype=torch.bfloat16), (4, 4))
         optimizer.step()
     torch.testing.assert_close(tables["native"].detach(), tables["reference"].detach())
 
@@ -1045,8 +1039,8 @@ def test_rows_beyond_31_bits_are_updated_and_no_row_number_wraps(backend: str) -
     optimizers = [SparseAdam([table], lr=0.1, backend=backend) for table in (large, small)]
     for step in range(3):
         values = (torch.arange(6)[:, None] - 2.5 + step).to(torch.bfloat16)
-        large.grad = coo(rows[None], values, large.shape, check_invariants=True)
-        small.grad = coo(torch.searchsorted(touched, rows)[None], values, small.shape)
+        large.grad = raw(rows[None], values, large.shape, check_invariants=True)
+        small.grad = raw(torch.searchsorted(touched, rows)[None], values, small.shape)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -1059,7 +1053,7 @@ def test_rows_beyond_31_bits_are_updated_and_no_row_number_wraps(backend: str) -
         assert bits(state[key]) == bits(small_state[key])
 
     for bad in (num_rows, -1, 2**32 + 7):
-        large.grad = coo([[7, bad]], torch.ones(2, 1, dtype=torch.bfloat16), large.shape)
+        large.grad = raw([[7, bad]], torch.ones(2, 1, dtype=torch.bfloat16), large.shape)
         before = snapshot(optimizers[1]), bits(state["exp_avg"]), bits(large.detach()[touched])
         with pytest.raises(IndexError, match=f"names row {bad}, but its table has rows 0 to 2147483657"):
             optimizers[0].step()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from saving import through_a_file
 from snapshot import snapshot
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -503,11 +504,8 @@ def test_optimizer_and_scheduler_resume_from_a_file(backend: str, name: str) -> 
     for seed in range(5):
         train(model, optimizer, range(seed, seed + 1))
         scheduler.step()
-    file = io.BytesIO()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    torch.save({key: part.state_dict() for key, part in parts.items()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = through_a_file({key: part.state_dict() for key, part in parts.items()})
     twin = Model()
     twin_optimizer = SparseAdam([{"params": [table]} for table in twin.tables], lr=0.1, backend=backend)
     twin_scheduler = schedule(twin_optimizer)

@@ -34,6 +34,7 @@ import torch
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saving import through_a_file
 from snapshot import bits, snapshot
 from torch import Tensor, nn
 
@@ -877,12 +878,10 @@ def test_a_compiled_model_catches_up(backend: str) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_run_that_was_saved_goes_on_with_the_same_bits(backend: str, weight_decay: float) -> None:
-    buffer = io.BytesIO()
     setting = behind(backend, weight_decay=weight_decay)
     saved = {"optimizer": setting.optimizer.state_dict(), "table": setting.table.detach()}
     assert "weight_steps" not in saved["optimizer"]["state"][0]
-    torch.save(saved, buffer)
-    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    loaded = through_a_file(saved)
     table = nn.Parameter(loaded["table"])
     optimizer = SparseAdam([("words", table)], missed_steps="replay", weight_decay=weight_decay, backend=backend)
     optimizer.load_state_dict(loaded["optimizer"])

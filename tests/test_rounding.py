@@ -7,7 +7,6 @@ million.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from oracle import (
     read_state,
     spacing,
 )
+from saving import through_a_file
 from snapshot import bits, snapshot
 from torch import Tensor
 from torch.nn import Parameter
@@ -539,10 +539,7 @@ def test_both_backends_choose_alike_where_what_they_round_is_the_same(
 def test_a_saved_run_is_resumed_with_the_same_bits(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Its seed and step come back with it, whatever the seed of the optimizer that loads."""
     optimizer, table = rounded_run(backend, dtype, torch.Generator().manual_seed(5), **options)
-    file = io.BytesIO()
-    torch.save((optimizer.state_dict(), table.detach()), file)
-    file.seek(0)
-    saved, weights = torch.load(file, weights_only=True)
+    saved, weights = through_a_file((optimizer.state_dict(), table.detach()))
     loaded = Parameter(weights)
     resumed = optimizer_of(loaded, seed=77, **options, backend=backend)
     unlike = optimizer_of(Parameter(weights.clone()), seed=77, **options, backend=backend)
