@@ -173,6 +173,29 @@ def _write_moment(
 
 
 @triton.jit
+def _next_moment(
+    part,
+    scales,
+    elements,
+    blocks,
+    is_row,
+    mask,
+    beta,
+    grad,
+    row_key,
+    columns,
+    DTYPE: tl.constexpr,
+    STORED: tl.constexpr,
+    WHAT: tl.constexpr,
+):
+    """Update a block of moments by ``grad``, which carries its factor; return them as they were before rounding."""
+    moment = _read_moment(part, scales, elements, blocks, is_row, mask, DTYPE, STORED, WHAT)
+    moment = beta * moment + grad
+    _write_moment(part, scales, elements, blocks, is_row, mask, moment, row_key, columns, STORED, WHAT)
+    return moment
+
+
+@triton.jit
 def _root(x, DTYPE: tl.constexpr):
     if DTYPE == tl.float64:
         return tl.sqrt(x)  # correctly rounded; in float32 it need not be
@@ -192,6 +215,103 @@ def _quotient(x, y, DTYPE: tl.constexpr):
 def _larger(found, largest):
     """Return the larger one; a NaN stays one."""
     return tl.where((found > largest) | (found != found), found, largest)
+
+
+@triton.jit
+def _find_slots(r, row, is_row, is_new, new_counts, counters, slot_of_row, rows):
+    """Return the slot of each row, and give new rows theirs."""
+    is_new_row = tl.load(is_new + r, mask=is_row, other=0) != 0
+    new_slot = tl.load(counters) + tl.load(new_counts + r, mask=is_row, other=1) - 1
+    slot = tl.load(slot_of_row + row, mask=is_row, other=1).to(tl.int64) - 1
+    slot = tl.where(is_new_row, new_slot, slot)
+    tl.store(slot_of_row + row, (slot + 1).to(slot_of_row.dtype.element_ty), mask=is_new_row)
+    tl.store(rows + slot, row, mask=is_new_row)
+    return slot
+
+
+@triton.jit
+def _own_corrections(row_steps, slot, is_row, lr, log2_beta1, log2_beta2, DTYPE: tl.constexpr, TORCH_EPS: tl.constexpr):
+    """Count a touch of each row; return its step size and what its root is multiplied by, ``[rows, 1]``."""
+    touches = tl.load(row_steps + slot, mask=is_row, other=0)
+    touches += (touches < 2147483647).to(tl.int32)  # there both corrections are 1
+    tl.store(row_steps + slot, touches, mask=is_row)
+    count = touches.to(tl.float64)[:, None]
+    step_size = _number(lr, tl.float64) / (1.0 - tl.exp2(count * _number(log2_beta1, tl.float64)))
+    root_correction2 = tl.sqrt(1.0 - tl.exp2(count * _number(log2_beta2, tl.float64)))
+    if TORCH_EPS:
+        step_size = step_size * root_correction2
+        root_scale = tl.full(count.shape, 1.0, DTYPE)
+    else:
+        root_scale = (1.0 / root_correction2).to(DTYPE)
+    return step_size.to(DTYPE), root_scale
+
+
+@triton.jit
+def _pay_decay(paid_log_decay, slot, is_row, log_decay, DTYPE: tl.constexpr):
+    """Return the decay that each row owes, this step's included, ``[rows, 1]``, and note that it is paid."""
+    owed = _number(log_decay, tl.float64)
+    decay = tl.exp(owed - tl.load(paid_log_decay + slot, mask=is_row, other=0.0))[:, None].to(DTYPE)
+    tl.store(paid_log_decay + slot, owed + tl.zeros(slot.shape, tl.float64), mask=is_row)
+    return decay
+
+
+@triton.jit
+def _next_second_moment_of_rows(
+    exp_avg_sq,
+    max_exp_avg_sq,
+    places,
+    values,
+    order,
+    begin,
+    end,
+    is_row,
+    width,
+    beta2,
+    one_minus_beta2,
+    DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Update the one second moment of each row; return what stands under the row's root, ``[rows, 1]``."""
+    square = tl.zeros(begin.shape, DTYPE)
+    for first in range(0, width, BLOCK_WIDTH):
+        columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
+        mask = is_row[:, None] & (columns < width)
+        grad = _summed(values, order, begin, end, columns, mask, width, DTYPE)
+        square += tl.sum(grad * grad, axis=1)
+    square = _quotient(square, tl.full(begin.shape, 1.0, DTYPE) * tl.maximum(width, 1), DTYPE)
+    second = tl.load(exp_avg_sq + places, mask=is_row, other=0.0)
+    second = beta2 * second + one_minus_beta2 * square
+    tl.store(exp_avg_sq + places, second, mask=is_row)
+    if AMSGRAD:
+        second = _larger(second, tl.load(max_exp_avg_sq + places, mask=is_row, other=0.0))
+        tl.store(max_exp_avg_sq + places, second, mask=is_row)
+    return second[:, None]
+
+
+@triton.jit
+def _move_weights(
+    table,
+    places,
+    mask,
+    moment,
+    denom,
+    step_size,
+    decay,
+    row_key,
+    columns,
+    DTYPE: tl.constexpr,
+    STOCHASTIC_ROUNDING: tl.constexpr,
+):
+    """Update a block of the table."""
+    weight = rounding.widen(tl.load(table + places, mask=mask, other=0.0), DTYPE)
+    weight = decay * weight - _quotient(step_size * moment, denom + tl.zeros_like(moment), DTYPE)
+    if STOCHASTIC_ROUNDING:
+        random = rounding.random_bits(row_key, columns, rounding.TABLE)
+        stored = rounding.narrow_stochastically(weight, random, table.dtype.element_ty)
+    else:
+        stored = rounding.narrow(weight, table.dtype.element_ty)
+    tl.store(table + places, stored, mask=mask)
 
 
 @triton.jit(do_not_specialize=_CHANGING)
@@ -266,75 +386,56 @@ def update_rows(
     beta2, one_minus_beta2 = _number(beta2, DTYPE), _number(one_minus_beta2, DTYPE)
     eps = _number(eps, DTYPE)
 
-    is_new_row = tl.load(is_new + r, mask=is_row, other=0) != 0
-    new_slot = tl.load(counters) + tl.load(new_counts + r, mask=is_row, other=1) - 1
-    slot = tl.load(slot_of_row + row, mask=is_row, other=1).to(tl.int64) - 1
-    slot = tl.where(is_new_row, new_slot, slot)
-    tl.store(slot_of_row + row, (slot + 1).to(slot_of_row.dtype.element_ty), mask=is_new_row)
-    tl.store(rows + slot, row, mask=is_new_row)
-
+    slot = _find_slots(r, row, is_row, is_new, new_counts, counters, slot_of_row, rows)
     if ROW_STEPS:
-        touches = tl.load(row_steps + slot, mask=is_row, other=0)
-        touches += (touches < 2147483647).to(tl.int32)  # there both corrections are 1
-        tl.store(row_steps + slot, touches, mask=is_row)
-        count = touches.to(tl.float64)[:, None]
-        row_step_size = _number(lr, tl.float64) / (1.0 - tl.exp2(count * _number(log2_beta1, tl.float64)))
-        root_correction2 = tl.sqrt(1.0 - tl.exp2(count * _number(log2_beta2, tl.float64)))
-        if TORCH_EPS:
-            row_step_size = row_step_size * root_correction2
-            row_root_scale = tl.full([BLOCK_ROWS, 1], 1.0, DTYPE)
-        else:
-            row_root_scale = (1.0 / root_correction2).to(DTYPE)
-        row_step_size = row_step_size.to(DTYPE)
+        row_step_size, row_root_scale = _own_corrections(
+            row_steps, slot, is_row, lr, log2_beta1, log2_beta2, DTYPE, TORCH_EPS
+        )
     else:
-        row_step_size = _number(step_size, DTYPE)
-        row_root_scale = _number(root_scale, DTYPE)
+        row_step_size, row_root_scale = _number(step_size, DTYPE), _number(root_scale, DTYPE)
     if OWES_DECAY:
-        owed = _number(log_decay, tl.float64)
-        row_decay = tl.exp(owed - tl.load(paid_log_decay + slot, mask=is_row, other=0.0))[:, None].to(DTYPE)
-        tl.store(paid_log_decay + slot, owed + tl.zeros([BLOCK_ROWS], tl.float64), mask=is_row)
+        row_decay = _pay_decay(paid_log_decay, slot, is_row, log_decay, DTYPE)
     else:
         row_decay = _number(decay, DTYPE)
     if STORED != OWN or STOCHASTIC_ROUNDING:
         row_key = rounding.row_keys(step_key.to(tl.int64).to(tl.uint64, bitcast=True), row)[:, None]
     else:
         row_key = row[:, None]
-
     if ONE_EXP_AVG_SQ_A_ROW:
-        square = tl.zeros([BLOCK_ROWS], DTYPE)
-        for first in range(0, width, BLOCK_WIDTH):
-            columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
-            mask = is_row[:, None] & (columns < width)
-            grad = _summed(values, order, begin, end, columns, mask, width, DTYPE)
-            square += tl.sum(grad * grad, axis=1)
-        square = _quotient(square, tl.full([BLOCK_ROWS], 1.0, DTYPE) * tl.maximum(width, 1), DTYPE)
-        second = tl.load(exp_avg_sq + slot * exp_avg_sq_stride, mask=is_row, other=0.0)
-        second = beta2 * second + one_minus_beta2 * square
-        tl.store(exp_avg_sq + slot * exp_avg_sq_stride, second, mask=is_row)
-        if AMSGRAD:
-            second = _larger(second, tl.load(max_exp_avg_sq + slot * exp_avg_sq_stride, mask=is_row, other=0.0))
-            tl.store(max_exp_avg_sq + slot * exp_avg_sq_stride, second, mask=is_row)
-        row_under_root = second[:, None]
+        row_under_root = _next_second_moment_of_rows(
+            exp_avg_sq,
+            max_exp_avg_sq,
+            slot * exp_avg_sq_stride,
+            values,
+            order,
+            begin,
+            end,
+            is_row,
+            width,
+            beta2,
+            one_minus_beta2,
+            DTYPE,
+            AMSGRAD,
+            BLOCK_WIDTH,
+        )
 
     for first in range(0, width, BLOCK_WIDTH):
         columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
         mask = is_row[:, None] & (columns < width)
         blocks = slot * scale_stride + first // BLOCK_WIDTH
         grad = _summed(values, order, begin, end, columns, mask, width, DTYPE)
-
-        elements = slot[:, None] * exp_avg_stride + columns
-        moment = _read_moment(exp_avg, exp_avg_scale, elements, blocks, is_row, mask, DTYPE, STORED, rounding.EXP_AVG)
-        moment = beta1 * moment + one_minus_beta1 * grad
-        _write_moment(
+        moment = _next_moment(
             exp_avg,
             exp_avg_scale,
-            elements,
+            slot[:, None] * exp_avg_stride + columns,
             blocks,
             is_row,
             mask,
-            moment,
+            beta1,
+            one_minus_beta1 * grad,
             row_key,
             columns,
+            DTYPE,
             STORED,
             rounding.EXP_AVG,
         )
@@ -342,35 +443,35 @@ def update_rows(
             under_root = row_under_root
         else:
             elements = slot[:, None] * exp_avg_sq_stride + columns
-            second = _read_moment(
-                exp_avg_sq, exp_avg_sq_scale, elements, blocks, is_row, mask, DTYPE, STORED, rounding.EXP_AVG_SQ
-            )
-            second = beta2 * second + one_minus_beta2 * (grad * grad)
-            _write_moment(
+            under_root = _next_moment(
                 exp_avg_sq,
                 exp_avg_sq_scale,
                 elements,
                 blocks,
                 is_row,
                 mask,
-                second,
+                beta2,
+                one_minus_beta2 * (grad * grad),
                 row_key,
                 columns,
+                DTYPE,
                 STORED,
                 rounding.EXP_AVG_SQ,
             )
-            under_root = second
             if AMSGRAD:
-                under_root = _larger(second, tl.load(max_exp_avg_sq + elements, mask=mask, other=0.0))
+                under_root = _larger(under_root, tl.load(max_exp_avg_sq + elements, mask=mask, other=0.0))
                 tl.store(max_exp_avg_sq + elements, under_root, mask=mask)
-
         denom = _root(under_root, DTYPE) * row_root_scale + eps
-        places = row[:, None] * table_stride + columns
-        weight = rounding.widen(tl.load(table + places, mask=mask, other=0.0), DTYPE)
-        weight = row_decay * weight - _quotient(row_step_size * moment, denom + tl.zeros_like(moment), DTYPE)
-        if STOCHASTIC_ROUNDING:
-            random = rounding.random_bits(row_key, columns, rounding.TABLE)
-            stored = rounding.narrow_stochastically(weight, random, table.dtype.element_ty)
-        else:
-            stored = rounding.narrow(weight, table.dtype.element_ty)
-        tl.store(table + places, stored, mask=mask)
+        _move_weights(
+            table,
+            row[:, None] * table_stride + columns,
+            mask,
+            moment,
+            denom,
+            row_step_size,
+            row_decay,
+            row_key,
+            columns,
+            DTYPE,
+            STOCHASTIC_ROUNDING,
+        )
