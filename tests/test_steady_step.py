@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import coo
 from snapshot import snapshot
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ class Run:
         for table, sparse_dim in zip(self.tables, self.sparse_dims, strict=True):
             sizes = torch.tensor(table.shape[:sparse_dim])
             indices = (torch.rand(sparse_dim, 7) * sizes[:, None]).long()
-            values = torch.randn(7, *table.shape[sparse_dim:])
+            values = torch.randn(7, *table.shape[sparse_dim:]).to(table.dtype)
             table.grad = torch.sparse_coo_tensor(indices, values, table.shape, check_invariants=False)
 
     def step(self, seed: int) -> None:
@@ -183,6 +184,62 @@ def test_what_looks_otherwise_goes_the_general_way_once(change: Callable[[Run], 
         without_steady_steps(general).step(seed)
     assert snapshot(steady.optimizer) == snapshot(general.optimizer)
     assert steady.num_general == 1
+
+
+def share_memory(run: Run) -> None:
+    run.tables[0].data = run.tables[0].data.clone().share_memory_()
+
+
+def exchange_strides(run: Run) -> None:
+    run.tables[0].data = torch.cat([run.tables[0].data] * 2, dim=1)[:, :6]
+
+
+def exchange_dtype(run: Run) -> None:
+    run.tables[0].data = run.tables[0].data.bfloat16()
+
+
+@pytest.mark.parametrize("change", [exchange_memory, share_memory, exchange_strides, exchange_dtype])
+def test_a_table_that_changed_before_a_general_step_of_others_is_looked_at(change: Callable[[Run], None]) -> None:
+    """A general step lists every table anew, those without a gradient in it, too."""
+    steady, general = Run(), Run()
+    for run in (steady, general):
+        change(run)
+        run.set_gradients(2)
+        run.tables[0].grad = None
+        without_steady_steps(run).optimizer.step()
+        run.num_general = 0
+    for seed in range(3, 5):
+        for run in (steady, general):
+            run.set_gradients(seed)
+        steady.optimizer.step()
+        without_steady_steps(general).optimizer.step()
+    assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+    assert steady.num_general == 1
+
+
+def test_an_option_of_a_table_that_changed_before_a_general_step_of_others_counts() -> None:
+    taken = []
+    for is_steady in (True, False):
+        tables = [nn.Parameter(torch.ones(20, 64, dtype=torch.bfloat16)) for _ in range(2)]
+        generator = torch.Generator().manual_seed(0)
+        optimizer = SparseAdam(tables, lr=1e-4, generator=generator, stochastic_rounding=True)
+
+        def step(which: int, tables: list[nn.Parameter] = tables, optimizer: SparseAdam = optimizer) -> None:
+            optimizer.zero_grad()
+            tables[which].grad = coo([[3]], torch.ones(1, 64, dtype=torch.bfloat16), (20, 64))
+            optimizer.step()
+
+        optimizer.param_groups[0]["stochastic_rounding"] = False
+        step(0)
+        optimizer.param_groups[0]["stochastic_rounding"] = True
+        step(1)
+        for _ in range(10):
+            if not is_steady:
+                optimizer.__dict__["_steady_step"] = None
+            step(0)
+        taken.append(tables[0].clone())
+    assert torch.equal(*taken)
+    assert not torch.equal(taken[0], torch.ones_like(taken[0]))  # lr is too small a step to nearest
 
 
 def test_rows_that_lie_otherwise_in_the_same_memory_are_found() -> None:

@@ -89,6 +89,13 @@ class StateLayout(NamedTuple):
 PLAIN = StateLayout()
 
 
+class NativeTable(NamedTuple):
+    """The native backend's handle of a table and its moments, and what it was made for beside these."""
+
+    handle: object
+    made_for: tuple[object, ...]
+
+
 class Moments(MutableMapping[str, Any]):
     """The state of one table.
 
@@ -167,7 +174,7 @@ class Moments(MutableMapping[str, Any]):
         # What each row is called in ``rows`` and to random bits; None where by its place, as in a whole table.
         self.row_names: Tensor | None = None
         # What the native backend made of the table and these moments in its last general step.
-        self.native_table: object | None = None
+        self.native_table: NativeTable | None = None
         # The address of the table that the system was last asked to move into huge pages.
         self.settled_table = 0
 

@@ -211,7 +211,7 @@ class SparseAdam(torch.optim.Optimizer):
     # The options that it was last asked about, what of them was built into it, and the dense parameters among those
     # listed.
     _steady_options: Sequence[GroupOptions] = ()
-    _steady_kinds: list[tuple[StateLayout, bool, bool]] | None = None
+    _steady_kinds: list[tuple[StateLayout, str | None, bool, bool]] | None = None
     _steady_dense: Sequence[DenseParameter] = ()
     _generator: torch.Generator | None = None
     # Nor do a copy or a pickle keep their moments in the files of this one.
@@ -511,10 +511,9 @@ class SparseAdam(torch.optim.Optimizer):
         if self._backend == "reference" or self._has_files():
             self._steady_step = None
             return
-        groups = [group["params"] for group in self.param_groups]
         self._steady_dense = dense.list_parameters(self.param_groups, self.state, options)
         listed = {parameter.parameter for parameter in self._steady_dense}
-        self._steady_step = update.list_tables(groups, self.state, listed)
+        self._steady_step = update.list_tables(self.param_groups, options, self.state, listed)
         self._steady_kinds = _kinds(options)
         if self._steady_step is not None:
             self._remember_options(self._steady_step, options)
@@ -993,6 +992,6 @@ def _most_rows(table: Tensor, kept: Moments | Mapping[str, Any] | None) -> int:
     return num_leading if kept else max(num_leading, table.numel())
 
 
-def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, bool, bool]]:
+def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, str | None, bool, bool]]:
     """Return what of the groups' options a steady step has been built with."""
-    return [(each.layout, each.stochastic_rounding, dense.takes_dense(each)) for each in options]
+    return [(each.layout, each.moment_device, each.stochastic_rounding, dense.takes_dense(each)) for each in options]

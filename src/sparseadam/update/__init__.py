@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _validate
+from .._validate import GroupOptions
 from . import host, native, reference, triton
 from ._in_place import report_writes
 from ._types import RowsRead, RowUpdate, StepScalars, layout_refusal, step_scalars
@@ -164,13 +165,16 @@ def catch_up(read: RowsRead, backend: str | None) -> None:
 
 
 def list_tables(
-    groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], dense: Collection[Tensor]
+    groups: Sequence[dict[str, Any]],
+    options: Sequence[GroupOptions],
+    state: Mapping[Any, Any],
+    dense: Collection[Tensor],
 ) -> SteadyStep | None:
     """List the parameters of a step just taken, for a next one that only native code reads, where that can be done.
 
     ``dense`` ones have a dict of tensors for their state, and are left for the caller to step.
     """
-    return None if native.module() is None else native.list_tables(groups, state, dense)
+    return None if native.module() is None else native.list_tables(groups, options, state, dense)
 
 
 def coalesce_rows(

@@ -20,7 +20,8 @@ from torch._C import DispatchKey
 
 from .. import _validate
 from .._huge_pages import move_into_huge_pages
-from ..moments import Moments, StateLayout, moment_dtype
+from .._validate import GroupOptions, Place
+from ..moments import Moments, NativeTable, StateLayout, moment_dtype
 from ._in_place import report_writes, row_stride, stride_refusal
 from ._types import RowsRead, RowUpdate
 
@@ -78,8 +79,10 @@ def prepare(update: RowUpdate) -> str | None:
     if moments.capacity < moments.num_rows:
         moments.grow(moments.num_slots + num_lookups)
     reason = _table_refusal(update.table, moments)
-    moments.native_table = None if reason else _make_handle(update)
+    moments.native_table = None
     if reason is None:
+        made_for = _made_for(update.table, update.place, update.stochastic_rounding)
+        moments.native_table = NativeTable(_make_handle(update), made_for)
         _settle_in_huge_pages(update.table, moments)
     return reason
 
@@ -123,7 +126,7 @@ def update_rows(updates: Sequence[RowUpdate]) -> None:
     """
     steps = [
         (
-            update.moments.native_table,
+            _handle_of(update.moments),
             update.indices.data_ptr(),
             update.values.data_ptr(),
             update.num_lookups,
@@ -276,28 +279,34 @@ class SteadyStep:
 
 
 def list_tables(
-    groups: Sequence[Sequence[Tensor]], state: Mapping[Any, Any], dense: Collection[Tensor]
+    groups: Sequence[dict[str, Any]],
+    options: Sequence[GroupOptions],
+    state: Mapping[Any, Any],
+    dense: Collection[Tensor],
 ) -> SteadyStep | None:
     """List the parameters of a step just taken, or return None where the next one must go the general way as well.
 
-    Moments that may have to grow do: it moves them. Of ``dense`` parameters the state is a dict of tensors.
+    Moments that may have to grow do: it moves them. Of ``dense`` parameters the state is a dict of tensors. A table
+    that has changed since its own last step, as only one can that had no gradient in this one, is not listed: its next
+    step goes the general way.
     """
     steady = _module().steady_step(Tensor)
     if steady is None:
         return None
-    listed = [parameter for parameters in groups for parameter in parameters]
+    listed = [parameter for group in groups for parameter in group["params"]]
     if len(set(listed)) < len(listed):
         return None
-    for parameters in groups:
+    for group_index, group in enumerate(groups):
         steady.add_group()
-        for parameter in parameters:
+        for position, parameter in enumerate(group["params"]):
+            place = Place(group, group_index, position)
             moments = state.get(parameter)
             if parameter in dense:
                 steady.add_dense(parameter, moments)
-            elif _is_steady(moments):
+            elif _is_steady(moments, parameter, place, options[group_index]):
                 steady.add_table(
                     parameter=parameter,
-                    native_table=moments.native_table,
+                    native_table=_handle_of(moments),
                     counters=moments.counter_addresses,
                 )
             elif parameter.grad is None:
@@ -308,17 +317,30 @@ def list_tables(
     return SteadyStep(steady)
 
 
-def _is_steady(moments: object) -> TypeGuard[Moments]:
-    """Whether a table's next step needs nothing of Python: what the native backend knows of it stays as it is.
+def _is_steady(moments: object, table: Tensor, place: Place, options: GroupOptions) -> TypeGuard[Moments]:
+    """Whether a table's next step needs nothing of Python: what the native backend knows of it is so, and stays so.
 
     Where missed steps are replayed, each step adds to what they are.
     """
     return (
         type(moments) is Moments
         and moments.native_table is not None
+        and moments.native_table.made_for == _made_for(table, place, options.stochastic_rounding)
+        and moments.layout == options.layout
         and moments.history is None
         and moments.capacity >= moments.num_rows
     )
+
+
+def _handle_of(moments: Moments) -> object:
+    assert moments.native_table is not None, "prepare makes it"
+    return moments.native_table.handle
+
+
+def _made_for(table: Tensor, place: Place, stochastic_rounding: bool) -> tuple[Any, ...]:
+    """Return what a handle of a table was made for, beside its moments, which drop it when they move."""
+    looks = table.data_ptr(), table.device, table.dtype, table.shape, table.stride()
+    return (*looks, place.stream, stochastic_rounding)
 
 
 def _module() -> ModuleType:
