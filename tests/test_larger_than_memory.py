@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import coo
 from snapshot import bits, snapshot
 from torch import Tensor, nn
 
@@ -1215,6 +1216,26 @@ def test_a_table_whose_memory_was_replaced_is_neither_stepped_nor_committed(
     del mapped, attempt, training
     gc.collect()
     assert Training(tmp_path).everything() == in_memory(2)
+
+
+def test_moments_of_a_table_that_changed_its_dtype_are_not_committed(tmp_path: Path) -> None:
+    def opened() -> tuple[nn.Parameter, SparseAdam]:
+        table = nn.Parameter(torch.ones(20, 3))
+        return table, SparseAdam([table], moment_dir=tmp_path / "moments")
+
+    table, optimizer = opened()
+    table.grad = coo([3, 5], torch.ones(2, 3), table.shape)
+    optimizer.step()
+    optimizer.checkpoint()
+    committed = optimizer.state[table]["exp_avg"].clone()
+    table.grad = None
+    table.data = table.data.double()
+    with pytest.raises(RuntimeError, match=r"have dtype torch\.float32, but the table now has dtype torch\.float64"):
+        optimizer.checkpoint()
+    del optimizer
+    gc.collect()
+    table, optimizer = opened()
+    assert torch.equal(optimizer.state[table]["exp_avg"], committed)
 
 
 def test_an_optimizer_whose_table_another_one_took_over_goes_no_further(tmp_path: Path) -> None:

@@ -433,6 +433,29 @@ def test_a_step_on_rows_that_are_behind_is_refused_and_changes_nothing(backend: 
     setting.optimizer.step()
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_table_that_changed_its_dtype_is_not_caught_up_on(
+    backend: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    was, becomes = dtypes
+    setting = behind(backend, was)
+    table, optimizer = setting.table, setting.optimizer
+    table.grad = None
+    table.data = table.data.to(becomes)
+    before = snapshot(optimizer)
+    for attempt in (
+        lambda: optimizer.catch_up(table, torch.tensor([4, 7])),
+        lambda: optimizer.forget(table, torch.tensor([4])),
+        optimizer.flush,
+        optimizer.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match=rf"'words' .* have dtype {was}, but the table now has dtype {becomes}"):
+            attempt()
+        assert snapshot(optimizer) == before
+    table.data = table.data.to(was)
+    optimizer.flush()
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_step_on_the_lookups_just_read_is_that_on_rows_found_anew(

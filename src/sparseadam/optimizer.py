@@ -579,8 +579,6 @@ class SparseAdam(torch.optim.Optimizer):
         device = options.device_of_moments(table)
         if moments is None:
             moments = Moments(table.shape, sparse_dim, moment_dtype(table.dtype), device, options.layout)
-        if moments.dtype is not moment_dtype(table.dtype):
-            raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         if moments.device != device:
             moments = moments.moved(device)
         moments = self._regrouped(moments, sparse_dim, place)
@@ -595,7 +593,7 @@ class SparseAdam(torch.optim.Optimizer):
         return moments.with_sparse_dim(sparse_dim)
 
     def _moments_of(self, table: Tensor, place: Place, options: GroupOptions) -> Moments | None:
-        """Return a table's own moments, if it has any; refuse those made for another shape or under other options."""
+        """Return a table's own moments, if it has any; refuse those of another shape, dtype or layout."""
         state = self.state.get(table)
         if isinstance(state, Moments):  # whose length is not asked for: it can be on a device
             moments = state
@@ -607,6 +605,8 @@ class SparseAdam(torch.optim.Optimizer):
             raise _validate.layout_change_error(place, moments.layout, options.layout)
         if moments.shape != table.shape:
             raise _validate.moment_shape_error(place, moments.shape, table.shape)
+        if moments.dtype is not moment_dtype(table.dtype):
+            raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         return moments
 
     def _kept(self, param: Tensor, place: Place, options: GroupOptions) -> Moments | Mapping[str, Any] | None:
@@ -651,8 +651,8 @@ class SparseAdam(torch.optim.Optimizer):
             TypeError: ``rows`` is not an int64 tensor of one dimension.
             IndexError: a row outside the table. Nothing has been changed. Before the first gradient, which tells how
                 many dimensions of the table name a row, only numbers beyond its elements are known to be outside.
-            RuntimeError: the table has another shape than its moments were made for, or cannot be updated by the
-                backend that was named. Nothing has been changed.
+            RuntimeError: the table has another shape or dtype than its moments were made for, or cannot be updated by
+                the backend that was named. Nothing has been changed.
             OSError: no room on the disk for tables or moments in files. Nothing has been changed.
         """
         place = self._place_of(param)
@@ -694,8 +694,8 @@ class SparseAdam(torch.optim.Optimizer):
         the tables, of ``"replay"`` without weight decay over every row that was ever touched.
 
         Raises:
-            RuntimeError: a table has another shape than its moments were made for, or an option that shapes them has
-                been changed since. Nothing has been changed.
+            RuntimeError: a table has another shape or dtype than its moments were made for, or an option that shapes
+                them has been changed since. Nothing has been changed.
             ValueError: an option of a group has been set outside its range. Nothing has been changed.
             OSError: no room on the disk for tables or moments in files. Tables before are up to date.
         """
