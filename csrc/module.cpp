@@ -289,18 +289,17 @@ NB_MODULE(_native, m) {
            nb::sig("def are_options_as_before(self, groups: list[dict[str, object]]) -> bool"))
       .def(
           "run",
-          [](const SteadyStep& self, nb::dict state, nb::list groups, nb::list scalars_at,
+          [](const SteadyStep& self, nb::dict state, nb::list groups, nb::list scalars_at, nb::callable report_writes,
              const std::string& instruction_set, int num_threads) {
-            return self.run(std::move(state), std::move(groups), std::move(scalars_at),
+            return self.run(std::move(state), std::move(groups), std::move(scalars_at), std::move(report_writes),
                             by_name(kInstructionSets, instruction_set), num_threads);
           },
-          nb::arg("state"), nb::arg("groups"), nb::arg("scalars_at"), nb::arg("instruction_set"),
-          nb::arg("num_threads"),
+          nb::arg("state"), nb::arg("groups"), nb::arg("scalars_at"), nb::arg("report_writes"),
+          nb::arg("instruction_set"), nb::arg("num_threads"),
           nb::sig("def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], "
-                  "instruction_set: "
-                  "str, num_threads: int) -> tuple[list[object], list[object]] | None"),
-          "Step all tables that have a gradient: the parameters that were written, and the gradients of the dense\n"
-          "ones (None where there is none); or None and nothing written where something is not as it was.");
+                  "report_writes: object, instruction_set: str, num_threads: int) -> list[object] | None"),
+          "Step all tables that have a gradient and report those that were written: the gradients of the dense\n"
+          "parameters (None where there is none); or None and nothing written where something is not as it was.");
   m.def("initial_values", &write_initial_values, nb::kw_only(), nb::arg("distribution"), nb::arg("scale"),
         nb::arg("seed"), nb::arg("rows"), nb::arg("num_rows"), nb::arg("width"), nb::arg("element_type"),
         nb::arg("values"), "Write the initial values of rows, in float32 or float64.");

@@ -336,8 +336,8 @@ bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb
   return true;
 }
 
-nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at, InstructionSet instruction_set,
-                           int num_threads) const {
+nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at, nb::callable report_writes,
+                           InstructionSet instruction_set, int num_threads) const {
   Reading reading;
   if (groups.size() != groups_.size() || !state_.is_as_before(state)) return nb::none();
   for (size_t g = 0; g < groups_.size(); ++g) {
@@ -354,7 +354,8 @@ nb::object SteadyStep::run(nb::dict state, nb::list groups, nb::list scalars_at,
   for (size_t i = 0; i < reading.steps.size(); ++i) {
     if (reading.steps[i].num_lookups > 0) written.append(reading.parameters[i]->object);
   }
-  return nb::make_tuple(std::move(written), std::move(reading.dense_gradients));
+  if (written.size() > 0) report_writes(written);
+  return reading.dense_gradients;
 }
 
 }  // namespace sparseadam

@@ -56,12 +56,13 @@ class SteadyStep {
   void remember_options(nanobind::list groups);
   bool are_options_as_before(nanobind::list groups) const;
 
-  // Steps all tables that have a gradient and returns the parameters that were written, and the gradients of the dense
-  // parameters (None where there is none); or None where something is not as it was, or an index out of range: then
-  // nothing was written. `groups` are the groups' lists of parameters as they are now, and `scalars_at` gives the
-  // numbers of each group's step.
+  // Steps all tables that have a gradient and returns the gradients of the dense parameters (None where there is none);
+  // or None where something is not as it was, or an index out of range: then nothing was written. `groups` are the
+  // groups' lists of parameters as they are now, and `scalars_at` gives the numbers of each group's step.
+  // `report_writes` is told the parameters that were written. From here and not from Python, where a KeyboardInterrupt
+  // that came meanwhile would be raised before.
   nanobind::object run(nanobind::dict state, nanobind::list groups, nanobind::list scalars_at,
-                       InstructionSet instruction_set, int num_threads) const;
+                       nanobind::callable report_writes, InstructionSet instruction_set, int num_threads) const;
 
   // For Python's garbage collector: a parameter may hold the optimizer, which holds this, which holds the parameter.
   int visit_objects(visitproc visit, void* arg) const;

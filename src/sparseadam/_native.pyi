@@ -79,10 +79,10 @@ class SteadyStep:
 
     def are_options_as_before(self, groups: list[dict[str, object]]) -> bool: ...
 
-    def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], instruction_set: str, num_threads: int) -> tuple[list[object], list[object]] | None:
+    def run(self, state: dict[object, object], groups: list[object], scalars_at: list[object], report_writes: object, instruction_set: str, num_threads: int) -> list[object] | None:
         """
-        Step all tables that have a gradient: the parameters that were written, and the gradients of the dense
-        ones (None where there is none); or None and nothing written where something is not as it was.
+        Step all tables that have a gradient and report those that were written: the gradients of the dense
+        parameters (None where there is none); or None and nothing written where something is not as it was.
         """
 
 def initial_values(*, distribution: str, scale: float, seed: int, rows: int, num_rows: int, width: int, element_type: str, values: int) -> None:

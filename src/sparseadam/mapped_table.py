@@ -18,6 +18,7 @@ import struct
 import uuid
 import weakref
 import zlib
+from threading import Lock
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class MappedTable(MappedFile):
     id: str
     # Whether rows are known to be initialized before they are read.
     has_announced_reads: bool
+    # Threads may read the same new rows at once, of which each is to be given its values once, before it is trained.
+    _turn: Lock
 
     def __new__(cls, path: str, fd: int, about: dict[str, Any]) -> MappedTable:
         """Map the file of a table that ``about`` describes; see ``_about``."""
@@ -63,6 +66,7 @@ class MappedTable(MappedFile):
         self.init = Init(*about["init"])
         self.id = about["id"]
         self.has_announced_reads = False
+        self._turn = Lock()
         return self
 
     @property
@@ -79,7 +83,7 @@ class MappedTable(MappedFile):
         return Records(number, [self.view(_PAGE, (self.num_rows, self.row_bytes), torch.uint8)])
 
     def initialize(self, rows: Tensor) -> None:
-        """Give rows their initial values, unless they had them before.
+        """Give rows their initial values, unless they had them before; threads that do so take turns.
 
         Args:
             rows: int64, inside the table, repeats included.
@@ -89,16 +93,19 @@ class MappedTable(MappedFile):
         """
         if self.init.kind == "zeros":
             return
-        new = torch.unique(self.without_values(rows))
-        if len(new) == 0:
-            return
-        begin = _bits_begin(self.num_rows * self.row_bytes)
-        self.allocate_rows(new)
-        self.allocate(begin + (new >> 3), 1)
-        table, has_values = self.tensor(), self._has_values()
-        for piece in torch.split(new, max(_MOST_ELEMENTS // self.dim, 1)):
-            table[piece] = self.init.values(piece, self.dim, self.dtype)
-            has_values.set(piece)  # after the values: a process that dies in between leaves rows that are made again
+        with self._turn:
+            new = torch.unique(self.without_values(rows))
+            if len(new) == 0:
+                return
+            begin = _bits_begin(self.num_rows * self.row_bytes)
+            self.allocate_rows(new)
+            self.allocate(begin + (new >> 3), 1)
+            table, has_values = self.tensor(), self._has_values()
+            for piece in torch.split(new, max(_MOST_ELEMENTS // self.dim, 1)):
+                table[piece] = self.init.values(piece, self.dim, self.dtype)
+                has_values.set(
+                    piece
+                )  # after the values: a process that dies in between leaves rows that are made again
 
     def without_values(self, rows: Tensor) -> Tensor:
         """Return those of ``rows`` that have not been given their initial values."""

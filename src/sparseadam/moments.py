@@ -297,12 +297,15 @@ class Moments(MutableMapping[str, Any]):
         slots = self.slot_of_row[rows].to(torch.int64) - 1
         is_new = slots < 0
         new_rows = rows[is_new]
-        first, self.num_slots = self.num_slots, self.num_slots + len(new_rows)
-        self.grow(self.num_slots)
-        new_slots = torch.arange(first, self.num_slots, device=self.device)
+        first, num_slots = self.num_slots, self.num_slots + len(new_rows)
+        self.grow(num_slots)
+        # Whatever takes memory comes before the first change: there may be none left.
+        new_slots = torch.arange(first, num_slots, device=self.device)
+        names, index = self.names_of(new_rows), (new_slots + 1).to(self.slot_of_row.dtype)
         slots[is_new] = new_slots
-        self.slot_of_row[new_rows] = (new_slots + 1).to(self.slot_of_row.dtype)
-        self.rows[first:] = self.names_of(new_rows)
+        self.num_slots = num_slots
+        self.slot_of_row[new_rows] = index
+        self.rows[first:] = names
         return slots
 
     def names_of(self, rows: Tensor) -> Tensor:

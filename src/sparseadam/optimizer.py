@@ -69,6 +69,17 @@ def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have threads that call methods of one optimizer wait for each other, and for whoever catches up on rows."""
+
+    @functools.wraps(method)
+    def wrapper(self: SparseAdam, *args: Any, **kwargs: Any) -> Any:
+        with self._turn, replay.TURNS:
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
 class SparseAdam(torch.optim.Optimizer):
     r"""Adam for embedding tables that updates only the rows named by a sparse gradient.
 
@@ -345,12 +356,10 @@ class SparseAdam(torch.optim.Optimizer):
         all_kept = []
         for place, table in self._places():
             options = _validate.check_group(place.group, place.group_index)
-            state = self._kept(table, place, options)
-            if isinstance(state, Moments) and self._directory is not None:
-                state = self.state[table] = self._directory.keep(state, place)
-            all_kept.append(Kept(place, table, state))
+            all_kept.append(Kept(place, table, self._kept(table, place, options)))
         return all_kept
 
+    @_in_turn
     @_outside_inference_mode
     def checkpoint(self) -> None:
         """Commit tables, moments and all other state together, so that a run can go on from here.
@@ -437,37 +446,45 @@ class SparseAdam(torch.optim.Optimizer):
             return False
         parameters = [group["params"] for group in self.param_groups]
         scalars_at = [functools.partial(step_scalars, group_options) for group_options in options]
-        grads = self._steady_step.run(self.state, parameters, scalars_at)
-        if grads:
-            dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
+        with _interrupts.held() if self._steady_dense else nullcontext():
+            grads = self._steady_step.run(self.state, parameters, scalars_at)
+            if grads:
+                dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
         return grads is not None
 
     @_outside_inference_mode
     def _step_generally(self, options: Sequence[GroupOptions]) -> None:
         updates, dense_updates = self._gather_updates(options)
-        if updates:
-            self._before_steps(updates)
-            with _interrupts.held():
-                try:
-                    update.update_rows(updates, self._backend, strict=self._strict)
-                finally:  # what was stepped is kept, whatever came after it
-                    for each in updates:
-                        if each.is_done():
-                            self.state[each.table] = each.moments
+        self._before_steps(updates, dense_updates)
+        with _interrupts.held():
+            if updates:
+                self._update_tables(updates, options)
+            self._update_dense(dense_updates, options)
+        self._list_for_steady_steps(options)
+
+    def _update_tables(self, updates: list[RowUpdate], options: Sequence[GroupOptions]) -> None:
+        try:
+            update.update_rows(updates, self._backend, strict=self._strict)
+        finally:  # what was stepped is kept, whatever came after it
+            for each in updates:
+                if each.is_done():
+                    self.state[each.table] = each.moments
         for done in updates:
             if replay.is_flush_due(done.moments):
                 # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
                 with suppress(*((OSError,) if self._is_in_files(done.table) else ())):
                     self._bring_up_to_date(done.table, done.moments, done.place, options[done.place.group_index])
-        self._update_dense(dense_updates, options)
-        self._list_for_steady_steps(options)
 
-    def _before_steps(self, updates: Sequence[RowUpdate]) -> None:
+    def _before_steps(self, updates: Sequence[RowUpdate], dense_updates: Sequence[DenseUpdate]) -> None:
         """See to files before the first row is written, having checked row numbers, which come first in errors too."""
         in_files = [each for each in updates if self._is_in_files(each.table)]
         for each in in_files:
             update.check_range(each)
         self._before_writing([Write(each.table, each.moments, update.touched_rows(each)) for each in in_files])
+        for dense_update, _ in dense_updates:
+            moments = self._moments_that_owe(dense_update.parameter)
+            if moments is not None and self._is_in_files(dense_update.parameter):
+                self._before_writing_all(dense_update.parameter, moments)
 
     def _before_writing_all(self, table: Tensor, moments: Moments) -> None:
         """Do as ``_before_writing`` does for all rows that bringing a table up to date can write, some at a time."""
@@ -500,12 +517,17 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _update_dense(self, updates: list[DenseUpdate], options: Sequence[GroupOptions]) -> None:
         for updated, _ in updates:
-            moments = self.state.get(updated.parameter)
-            if isinstance(moments, Moments) and moments.layout.owes_decay:
+            moments = self._moments_that_owe(updated.parameter)
+            if moments is not None:
                 self._pay_decay(updated.parameter, moments, updated.place, options[updated.place.group_index])
         dense.update_parameters(updates, options)
         for updated, _ in updates:
             self.state[updated.parameter] = updated.state
+
+    def _moments_that_owe(self, parameter: Tensor) -> Moments | None:
+        """Return the moments of a table whose rows pay what they owe before a dense step."""
+        moments = self.state.get(parameter)
+        return moments if isinstance(moments, Moments) and moments.layout.owes_decay else None
 
     def _list_for_steady_steps(self, options: Sequence[GroupOptions]) -> None:
         if self._backend == "reference" or self._has_files():
@@ -614,7 +636,10 @@ class SparseAdam(torch.optim.Optimizer):
         state = self.state.get(param)
         if dense.keeps_state(state, param, options):
             return state
-        return self._moments_of(param, place, options)
+        moments = self._moments_of(param, place, options)
+        if moments is not None and self._directory is not None:  # which may have been put there from outside
+            moments = self.state[param] = self._directory.keep(moments, place)
+        return moments
 
     def attach(self, model: nn.Module) -> Hooks:
         """Have the rows of this optimizer's tables brought up to date whenever a model is about to read them.
@@ -679,11 +704,12 @@ class SparseAdam(torch.optim.Optimizer):
     def _bring_rows_up_to_date(
         self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions
     ) -> None:
-        if self._is_in_files(table):
-            _validate.check_row_range(rows, moments.num_rows, place)
-            behind = update.rows_behind(moments, torch.unique(rows))
-            self._before_writing([Write(table, moments, behind)])
-        replay.catch_up(table, moments, rows, place, options, self._backend)
+        with replay.TURNS:
+            if self._is_in_files(table):
+                _validate.check_row_range(rows, moments.num_rows, place)
+                behind = update.rows_behind(moments, torch.unique(rows))
+                self._before_writing([Write(table, moments, behind)])
+            replay.catch_up(table, moments, rows, place, options, self._backend)
 
     def flush(self) -> None:
         """Bring whole tables up to date, in groups with ``missed_steps="replay"`` or ``weight_decay_mode="exact"``.
@@ -701,6 +727,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         self._flush(lambda layout: layout.owes_decay or layout.replays)
 
+    @_in_turn
     @_outside_inference_mode
     def _flush(self, is_meant: Callable[[StateLayout], bool]) -> None:
         options = [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
@@ -715,9 +742,8 @@ class SparseAdam(torch.optim.Optimizer):
                 moments = self._kept(table, place, options[group_index])
                 if isinstance(moments, Moments) and is_meant(layout):
                     behind.append((table, moments, place))
-        with replay.TURNS:
-            for table, moments, place in behind:
-                self._bring_up_to_date(table, moments, place, options[place.group_index])
+        for table, moments, place in behind:
+            self._bring_up_to_date(table, moments, place, options[place.group_index])
 
     @_interrupts.held()
     def _bring_up_to_date(self, table: Tensor, moments: Moments, place: Place, options: GroupOptions) -> None:
@@ -733,6 +759,7 @@ class SparseAdam(torch.optim.Optimizer):
         rounds = options.stochastic_rounding
         update.pay_decay(table, moments, place, options.seed or 0, stochastic_rounding=rounds)
 
+    @_in_turn
     @_outside_inference_mode
     @_interrupts.held()
     def forget(self, param: Tensor, rows: Tensor) -> None:
@@ -761,18 +788,16 @@ class SparseAdam(torch.optim.Optimizer):
         _validate.check_row_range(rows, _most_rows(param, kept), place)
         if isinstance(kept, Moments):
             rows = torch.unique(rows.to(kept.device))
+            if kept.history is not None:
+                self._bring_rows_up_to_date(param, kept, rows, place, options)
             if self._directory is not None:
-                kept = self._directory.keep(kept, place)
-            with replay.TURNS:
-                if kept.history is not None:
-                    self._bring_rows_up_to_date(param, kept, rows, place, options)
-                if self._directory is not None:
-                    self._directory.before_forgetting(kept, rows)
-                kept.forget(rows)
+                self._directory.before_forgetting(kept, rows)
+            kept.forget(rows)
             self.state[param] = kept
         elif kept is not None:
             dense.forget(kept, rows)
 
+    @_in_turn
     @_outside_inference_mode
     @_interrupts.held()
     def resize(self, param: Tensor, num_rows: int) -> None:
@@ -837,6 +862,7 @@ class SparseAdam(torch.optim.Optimizer):
         tables = sum(state.num_bytes for state in self.state.values() if isinstance(state, Moments))
         return tables + sum(dense.state_bytes(state) for state in self.state.values() if dense.is_dense_state(state))
 
+    @_in_turn
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state as plain values, as :meth:`torch.optim.Optimizer.state_dict` does.
 
@@ -847,6 +873,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._flush(lambda layout: layout.replays)
         return self._pack(checkpoint.write_state, {checkpoint.FORMAT_KEY: checkpoint.FORMAT})
 
+    @_in_turn
     def to_torch_state_dict(self) -> dict[str, Any]:
         """Return a state dict that :class:`torch.optim.SparseAdam` loads, with dense moments of every table.
 
@@ -897,6 +924,7 @@ class SparseAdam(torch.optim.Optimizer):
         finally:
             handle.remove()
 
+    @_in_turn
     @_outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of :class:`torch.optim.SparseAdam`, Adam or AdamW.

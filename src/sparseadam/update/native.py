@@ -267,15 +267,12 @@ class SteadyStep:
         were_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded(views)
         torch._C._dispatch_tls_set_dispatch_key_excluded(views, True)
         try:
-            done = self._native_step.run(state, groups, scalars_at, instruction_set(), torch.get_num_threads())
+            grads = self._native_step.run(
+                state, groups, scalars_at, torch._C._increment_version, instruction_set(), torch.get_num_threads()
+            )
         finally:
             torch._C._dispatch_tls_set_dispatch_key_excluded(views, were_left_out)
-        if done is None:
-            return None
-        written, dense_gradients = done
-        if written:
-            report_writes(written)
-        return cast("list[Tensor | None]", dense_gradients)
+        return cast("list[Tensor | None] | None", grads)
 
 
 def list_tables(

@@ -123,11 +123,14 @@ def update_rows(updates: Sequence[RowUpdate], summed: Sequence[SummedRows | None
 def _update_table(update: RowUpdate, summed: SummedRows) -> None:
     moments, scalars = update.moments, update.scalars
     rows, grad = summed
+    num_skipped = 0
     if scalars.nonfinite == NONFINITE["skip"]:
         is_finite = _is_finite(grad)
-        moments.num_skipped += len(rows) - int(is_finite.sum())
+        num_skipped = len(rows) - int(is_finite.sum())
         rows, grad = rows[is_finite], grad[is_finite]
-    update_slots(update, moments.claim_slots(rows), SummedRows(rows, grad))
+    slots = moments.claim_slots(rows)
+    moments.num_skipped += num_skipped  # after what can find no memory
+    update_slots(update, slots, SummedRows(rows, grad))
 
 
 def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
