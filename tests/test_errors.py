@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import BACKENDS, many
-from gradients import raw
+from gradients import coo, raw
 from snapshot import bits, snapshot
 from torch.nn import Parameter
 
 import sparseadam
 from sparseadam import SparseAdam, update
 from sparseadam._memory import ReservedArray
+from sparseadam.moments import Moments
 from sparseadam.update import native, reference
 
 needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="this installation has no native module")
@@ -946,6 +947,27 @@ def test_a_table_that_native_cannot_update_goes_to_the_reference_unless_native_i
 
 
 @needs_native
+def test_a_step_that_finds_no_memory_for_moments_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, where it is asked for as slots are given out; training may go on with a smaller batch."""
+    table = Parameter(torch.zeros(100, 2))
+    optimizer = SparseAdam([table], lr=0.1, backend="reference", nonfinite="skip")
+    table.grad = coo([0, 1], torch.ones(2, 2), table.shape)
+    optimizer.step()
+    table.grad = coo([5, 6, 7], torch.tensor([[1.0, 1.0], [math.nan, 1.0], [1.0, 1.0]]), table.shape)
+    before = snapshot(optimizer)
+
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Moments, "grow", refuse)
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    optimizer.step()
+    assert optimizer.state[table]["rows"].tolist() == [0, 1, 5, 7]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_a_table_that_changes_layout_in_the_same_memory_is_looked_at_anew() -> None:
     """What the native module knows of a table is kept from step to step; an address alone does not tell it."""
     memory = torch.arange(16.0)

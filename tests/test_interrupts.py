@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from snapshot import snapshot
-from torch import nn
+from torch import Tensor, nn
 
 from sparseadam import SparseAdam, _interrupts, replay
-from sparseadam.update import reference
+from sparseadam.update import native, reference
 
 ROWS, WIDTH = 24, 3
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -86,6 +88,75 @@ def test_ctrl_c_waits_until_rows_and_their_state_agree(act: str, options: str, m
         patch.setattr(reference, "_write_table", interrupting(reference._write_table))
         ACTS[act](*got)
     assert snapshot(got[1]) == snapshot(expected[1])
+
+
+def with_dense(backend: str) -> tuple[SparseAdam, list[nn.Parameter]]:
+    """Return an optimizer of a table and a dense parameter after two steps, with gradients for the third."""
+    table, weight = nn.Parameter(torch.ones(ROWS, WIDTH)), nn.Parameter(torch.ones(5))
+    optimizer = SparseAdam([table, weight], lr=0.1, dense_gradients="adam", backend=backend)
+    for step in range(3):
+        table.grad = torch.sparse_coo_tensor([[step, 9]], torch.ones(2, WIDTH), table.shape, check_invariants=True)
+        weight.grad = torch.ones(5)
+        if step < 2:
+            optimizer.step()
+    return optimizer, [table, weight]
+
+
+def test_ctrl_c_waits_until_dense_parameters_are_stepped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    (expected, _), (got, _) = with_dense("reference"), with_dense("reference")
+    expected.step()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "_write_table", interrupting(reference._write_table))
+        got.step()
+    assert snapshot(got) == snapshot(expected)
+
+
+has_steady_steps = pytest.mark.skipif(
+    native.module() is None or native.module().steady_step(Tensor) is None,
+    reason="this torch or this installation has no steady steps",
+)
+
+
+@has_steady_steps
+def test_ctrl_c_in_a_steady_step_waits_until_dense_parameters_are_stepped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of what was written is replaced by a signal's arrival, of which Python hears when it is back."""
+    (expected, _), (got, _) = with_dense("native"), with_dense("native")
+    expected.step()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(got, "_step_generally", None)
+        arrival = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
+        patch.setattr(torch._C, "_increment_version", arrival)
+        got.step()
+    assert snapshot(got) == snapshot(expected)
+
+
+@has_steady_steps
+def test_ctrl_c_during_a_steady_step_finds_its_writes_reported() -> None:
+    """The signal comes while native code runs, as a rule; whenever it comes, autograd knows of what was written."""
+    table = nn.Parameter(torch.zeros(20_000, 256))
+    optimizer = SparseAdam([table], lr=0.1)
+    rows = torch.arange(len(table))[None]
+    table.grad = torch.sparse_coo_tensor(rows, torch.ones_like(table), table.shape, check_invariants=True)
+    for _ in range(2):
+        optimizer.step()
+    last = table.detach()[-1, -1]
+    for _ in range(5):
+        begins, before = threading.Event(), (last.item(), table._version)
+
+        def interrupt(begins: threading.Event = begins) -> None:
+            begins.wait()
+            time.sleep(0.001)
+            signal.raise_signal(signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            begins.set()
+            optimizer.step()
+            thread.join()
+            time.sleep(1)  # where the step was over first
+        thread.join()
+        assert (last.item() != before[0]) == (table._version > before[1])
 
 
 def test_ctrl_c_takes_effect_between_two_tables(monkeypatch: pytest.MonkeyPatch) -> None:

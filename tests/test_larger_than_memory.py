@@ -13,8 +13,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -1218,6 +1220,109 @@ def test_a_table_whose_memory_was_replaced_is_neither_stepped_nor_committed(
     assert Training(tmp_path).everything() == in_memory(2)
 
 
+def test_moments_put_there_from_outside_go_into_files_wherever_they_are_used(tmp_path: Path) -> None:
+    for number, options in enumerate(({"weight_decay": 0.1, "weight_decay_mode": "exact"}, {"missed_steps": "replay"})):
+        table = nn.Parameter(torch.ones(20, 3))
+        optimizer = SparseAdam([table], moment_dir=tmp_path / str(number), **options)
+        table.grad = coo([3, 5], torch.ones(2, 3), table.shape)
+        optimizer.step()
+        optimizer.flush()
+        before = snapshot(optimizer)
+        for use in (
+            optimizer.flush,
+            partial(optimizer.catch_up, table, torch.tensor([3])),
+            partial(optimizer.forget, table, torch.arange(0)),
+            optimizer.checkpoint,
+        ):
+            optimizer.state[table] = copy.deepcopy(dict(optimizer.state[table]))
+            use()
+            assert snapshot(optimizer) == before
+
+
+def test_a_dense_step_can_be_taken_back_where_rows_owe_decay(tmp_path: Path) -> None:
+    def opened(place: Path) -> tuple[nn.Parameter, SparseAdam]:
+        table = nn.Parameter(torch.ones(20, 3))
+        decay = {"weight_decay": 0.1, "weight_decay_mode": "exact"}
+        return table, SparseAdam([table], lr=0.1, dense_gradients="adam", moment_dir=place, **decay)
+
+    table, optimizer = opened(tmp_path / "moments")
+    for rows in ([3, 5], [5]):
+        table.grad = coo(rows, torch.ones(len(rows), 3), table.shape)
+        optimizer.step()
+    optimizer.checkpoint()
+    committed = snapshot(optimizer)
+    table.grad = torch.ones(20, 3)
+    optimizer.step()
+    # What a process that is killed now leaves behind.
+    shutil.copytree(tmp_path / "moments", tmp_path / "left")
+    _, reopened = opened(tmp_path / "left")
+    assert snapshot(reopened) == committed
+
+
+def in_threads(*calls: Callable[[], Any]) -> None:
+    """Make calls at once, each in a thread; raise what one of them raised."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        for future in [threads.submit(call) for call in calls]:
+            future.result()
+
+
+def test_threads_that_read_the_same_new_rows_initialize_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedding = nn.Embedding.from_pretrained(memory_mapped(tmp_path / "a.table", 64, 2, init=INIT), sparse=True)
+    initialize_on_read(embedding)
+    values, made = Init.values, []
+
+    def slow_values(self: Init, rows: Tensor, *others: Any) -> Tensor:
+        made.extend(rows.tolist())
+        time.sleep(0.05)
+        return values(self, rows, *others)
+
+    monkeypatch.setattr(Init, "values", slow_values)
+    ids = [torch.arange(0, 40, 2), torch.arange(0, 40)]
+    in_threads(*(partial(embedding, each) for each in ids for _ in range(2)))
+    assert sorted(made) == list(range(40))
+    mapped = mapped_table.find(embedding.weight)
+    assert mapped is not None
+    assert mapped.without_values(torch.arange(64)).tolist() == list(range(40, 64))
+    assert torch.equal(embedding.weight[:40], values(Init(*INIT, seed=0), torch.arange(40), 2, torch.float32))
+
+
+def test_threads_take_turns_at_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that replay, steps, commits and rows forgotten."""
+    training = Training(tmp_path, OPTIONS["replay"])
+    training.step(3)
+    training.optimizer.checkpoint()
+    directory = training.optimizer._directory
+    assert directory is not None
+    at_work: list[str] = []
+
+    def alone(name: str) -> Callable[..., None]:
+        call = getattr(directory, name)
+
+        def wrapper(*arguments: Any) -> None:
+            assert not at_work
+            at_work.append(name)
+            time.sleep(0.02)
+            call(*arguments)
+            at_work.pop()
+
+        return wrapper
+
+    for name in ("before_writing", "before_forgetting", "commit"):
+        monkeypatch.setattr(directory, name, alone(name))
+    rows = training.optimizer.state[training.table]["rows"].clone()
+    in_threads(
+        partial(training.embedding, rows),
+        partial(training.embedding, rows),
+        training.step,
+        training.optimizer.checkpoint,
+        partial(training.optimizer.forget, training.table, rows[:4]),
+        training.optimizer.flush,
+    )
+    assert not at_work
+
+
 def test_moments_of_a_table_that_changed_its_dtype_are_not_committed(tmp_path: Path) -> None:
     def opened() -> tuple[nn.Parameter, SparseAdam]:
         table = nn.Parameter(torch.ones(20, 3))
@@ -1418,6 +1523,7 @@ def test_killed_at_random_and_at_every_call_a_run_comes_back_to_its_last_checkpo
 
 LIMITED_RUN = """
 import sys
+import time
 import zlib
 from pathlib import Path
 import torch
