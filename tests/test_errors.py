@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, many
@@ -947,6 +948,25 @@ def test_a_table_that_native_cannot_update_goes_to_the_reference_unless_native_i
 
 
 @needs_native
+def test_a_number_of_another_type_counts_as_it_stands(backend: str) -> None:
+    class Rate:
+        value = 0.5
+
+        def __float__(self) -> float:
+            return self.value
+
+    rate = Rate()
+    table = Parameter(torch.zeros(4, 2))
+    optimizer = SparseAdam([table], lr=rate, eps=np.float32(1e-8), backend=backend)  # type: ignore[arg-type]
+    table.grad = coo([1], torch.ones(1, 2), table.shape)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.allclose(table[1], torch.tensor(-1.5))
+    rate.value = 0.0
+    optimizer.step()
+    assert torch.allclose(table[1], torch.tensor(-1.5))
+
+
 def test_a_step_that_finds_no_memory_for_moments_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device, where it is asked for as slots are given out; training may go on with a smaller batch."""
     table = Parameter(torch.zeros(100, 2))
@@ -966,6 +986,21 @@ def test_a_step_that_finds_no_memory_for_moments_changes_nothing(monkeypatch: py
     optimizer.step()
     assert optimizer.state[table]["rows"].tolist() == [0, 1, 5, 7]
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_a_table_whose_storage_was_freed_is_refused(backend: str, has_stepped: bool) -> None:
+    """As code that shards parameters frees them between passes."""
+    table = Parameter(torch.ones(100, 2))
+    optimizer = SparseAdam([table], lr=0.1, backend=backend)
+    table.grad = coo([3], torch.ones(1, 2), table.shape)
+    for _ in range(2 * has_stepped):
+        optimizer.step()
+    table.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"storage has been freed|storage of size 0"):
+        optimizer.step()
+    table.untyped_storage().resize_(800)
+    assert optimizer.state[table].get("step", 0) == 2 * has_stepped
 
 
 def test_a_table_that_changes_layout_in_the_same_memory_is_looked_at_anew() -> None:

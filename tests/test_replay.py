@@ -456,6 +456,17 @@ def test_a_table_that_changed_its_dtype_is_not_caught_up_on(
     optimizer.flush()
 
 
+def test_the_step_that_rows_count_theirs_from_cannot_be_set(backend: str) -> None:
+    setting = behind(backend)
+    state = setting.optimizer.state[setting.table]
+    before, step = snapshot(setting.optimizer), state["step"]
+    for other in (0, step - 1, step + 1):
+        with pytest.raises(ValueError, match=rf"step is {step} and cannot be set to {other}: with missed_steps='repl"):
+            state["step"] = other
+    state["step"] = step
+    assert snapshot(setting.optimizer) == before
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_step_on_the_lookups_just_read_is_that_on_rows_found_anew(

@@ -143,7 +143,8 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield number, words
     except FileNotFoundError as error:
         raise RecipeError(
-            f"there is no {path}; pass --data with the directory that holds it (docs/missed_steps.md says what it is)."
+            f"there is no {path}; pass --data with the directory that has rec/ and kg/ in it (docs/missed_steps.md "
+            "says what they hold)."
         ) from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error

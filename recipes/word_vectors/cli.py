@@ -264,7 +264,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     torch_step_ms = comparison.step_ms["torch"]
     for name, step_ms in comparison.step_ms.items():
         median = statistics.median(step_ms)
-        low, *_, high = statistics.quantiles(step_ms, n=5) if len(step_ms) > 1 else step_ms * 2
+        low, *_, high = statistics.quantiles(step_ms, n=5, method="inclusive") if len(step_ms) > 1 else step_ms * 2
         table.add_row(
             name,
             f"{median:.2f}",

@@ -262,8 +262,15 @@ def check_group(group: Mapping[str, Any], group_index: int) -> GroupOptions:
 
 
 def _as_it_stands(value: Any) -> Any:
-    """Return the number that a one-element tensor holds now: what is remembered of options must not change later."""
-    return float(value) if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
+    """Return the number that an object stands for now: what is remembered of options must not change later."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and not value.is_complex() else value
+    if isinstance(value, (bool, int, float)) or not hasattr(type(value), "__float__"):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value  # which is refused for what it is
 
 
 def _read_options(

@@ -532,6 +532,12 @@ class Moments(MutableMapping[str, Any]):
         if key in COUNTERS:
             if key != "log_decay" and not 0 <= value < 2**62:
                 raise ValueError(f"{key} must be at least 0, and less than 2**62, got {value}.")
+            if key == "step" and self.history is not None and value != self.step:
+                raise ValueError(
+                    f"step is {self.step} and cannot be set to {value}: with missed_steps='replay' the steps that rows "
+                    "have taken are counted from it. Use load_state_dict() to replace a state, or call flush() and "
+                    "delete optimizer.state[param] to start it anew."
+                )
             setattr(self, key, float(value) if key == "log_decay" else int(value))
             return
         current: Tensor = self[key]

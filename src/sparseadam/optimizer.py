@@ -147,7 +147,7 @@ class SparseAdam(torch.optim.Optimizer):
             are read or written directly, :meth:`flush`; 8 bytes a touched row and the numbers of each step. Not with
             ``amsgrad``, ``moment_dtype``, ``bias_correction="row"``, ``second_moment="row"`` or ``backend="triton"``,
             nor with ``moment_device="cpu"`` for tables that are elsewhere, and only with betas of which the first is
-            below the root of the second.
+            so far below the root of the second that a row moves for 65,536 steps at most.
         moment_dir: a directory to keep the moments of tables in, in files, for moments larger than memory and for runs
             that go on after they were killed: :meth:`checkpoint` commits tables and moments together. With a new or
             empty directory the optimizer starts anew and commits what it is given; with one that has a commit it goes

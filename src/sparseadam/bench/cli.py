@@ -88,7 +88,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("cpu", "cuda"),
         default="cpu",
         help="where the tables are, and all that is compared; cuda is PyTorch's name for ROCm devices too (default: "
-        "cpu, whose aims are not shown for other devices)",
+        "cpu, for which alone aims are shown)",
     )
     parser.add_argument("--threads", type=_whole(1, 1024), help="threads of torch, which are ours (default: torch's)")
     rounds = f"rounds a case (default: what {SECONDS_PER_CASE} seconds allow)"

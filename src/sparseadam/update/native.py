@@ -114,6 +114,8 @@ def _table_refusal(table: Tensor, moments: Moments) -> str | None:
         return f"it runs on the CPU, and the table is on {table.device}"
     if _element_type(table.dtype) not in _module().element_types():
         return f"this build has no {table.dtype} kernel"
+    if table.data_ptr() == 0 and table.numel() > 0:
+        return "the table's storage has been freed"
     return stride_refusal(table, moments)
 
 
