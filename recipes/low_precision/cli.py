@@ -217,7 +217,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("variant", style="bold", min_width=16)
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")  # nothing is lost in a narrow terminal
     return table
 
 
