@@ -17,7 +17,7 @@ namespace sparseadam {
 
 namespace {
 
-// Rows that an error names.
+// Rows that an error names. As in sparseadam/update/_types.py.
 constexpr size_t kRowsNamed = 5;
 
 // What one thread needs while it walks a partition. That partition's rows are there too, as it is the next one's turn

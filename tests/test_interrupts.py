@@ -54,8 +54,8 @@ def interrupting(write: Callable[..., None]) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole tables are written a stretch of rows at a time: several of them here."""
-    monkeypatch.setattr(reference, "_ROWS_AT_ONCE", 8)
-    monkeypatch.setattr(replay, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(reference, "ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(replay, "ROWS_AT_ONCE", 4)
 
 
 def resize(table: nn.Parameter, optimizer: SparseAdam) -> None:

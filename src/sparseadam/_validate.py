@@ -1047,8 +1047,9 @@ def no_mapped_table_error() -> ValueError:
 
 def max_norm_error(name: str) -> ValueError:
     """Make the error for a module that writes to the rows it reads."""
+    module = f"module {name!r}" if name else "the module"
     return ValueError(
-        f"module {name!r} has a max_norm, so that reading rows of its memory-mapped table writes to them, which no log "
+        f"{module} has a max_norm, so that reading rows of its memory-mapped table writes to them, which no log "
         "would take back. Use max_norm=None."
     )
 

@@ -47,7 +47,7 @@ from .undo_log import (
 
 # What is counted for a table as a whole.
 _COUNTERS = ("step", "num_slots", "num_skipped", "log_decay")
-_ROWS_AT_ONCE = 1 << 20
+_ROWS_CHECKED_AT_ONCE = 1 << 20
 
 _OUR_NAMES = re.compile(r"commit\.json(\.new)?|undo-\d+\.log|values-\d+\.pt|moments-\d+")
 
@@ -341,7 +341,7 @@ class MomentDirectory:
         memory = _memory_of(moments)
         for name in _COUNTERS:
             setattr(moments, name, saved[name])
-        for rows in torch.split(moments.rows, _ROWS_AT_ONCE):
+        for rows in torch.split(moments.rows, _ROWS_CHECKED_AT_ONCE):
             if not bool(((rows >= 0) & (rows < moments.num_rows)).all()):
                 raise _validate.damaged_error(memory.directory, f"rows beyond the {moments.num_rows} of the table")
             memory.allocate_index(rows)

@@ -28,7 +28,8 @@ COUNTERS = ("step", "num_skipped", "log_decay")
 CLOCKS = ("moment_steps", "weight_steps")
 LARGEST_CLOCK = 2**31 - 1
 
-_SLOTS_AT_ONCE = 1 << 16
+# A pass over a whole table takes so many of its rows, or slots, at a time: what it makes of them stays small.
+ROWS_AT_ONCE = 1 << 16
 
 _EXP_AVGS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -355,8 +356,8 @@ class Moments(MutableMapping[str, Any]):
 
     def index_rows(self) -> None:
         """Make the index of what ``rows`` says."""
-        for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
-            rows = self.rows[begin : begin + _SLOTS_AT_ONCE]
+        for begin in range(0, self.num_slots, ROWS_AT_ONCE):
+            rows = self.rows[begin : begin + ROWS_AT_ONCE]
             slots = torch.arange(begin + 1, begin + 1 + len(rows), device=self.device)
             self.slot_of_row[rows] = slots.to(self.slot_of_row.dtype)
 
@@ -449,8 +450,8 @@ class Moments(MutableMapping[str, Any]):
 
     def settle(self) -> None:
         """Count missed steps into all moments, once all rows' weights are up to date: a new history begins."""
-        for begin in range(0, self.num_slots, _SLOTS_AT_ONCE):
-            slots = torch.arange(begin, min(begin + _SLOTS_AT_ONCE, self.num_slots), device=self.device)
+        for begin in range(0, self.num_slots, ROWS_AT_ONCE):
+            slots = torch.arange(begin, min(begin + ROWS_AT_ONCE, self.num_slots), device=self.device)
             factors = self.missed_factors(slots, self.step)
             for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True):
                 self[name][begin : begin + len(slots)] *= self.as_rows(factor)

@@ -21,12 +21,9 @@ from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
 from .moment_directory import Kept, MomentDirectory, Write
-from .moments import LARGEST_CLOCK, Moments, StateLayout, moment_dtype
+from .moments import LARGEST_CLOCK, ROWS_AT_ONCE, Moments, StateLayout, moment_dtype
 from .reading import Hooks
 from .update import RowUpdate, SteadyStep, step_scalars
-
-# Rows that are prepared for a pass over a whole table at a time.
-_ROWS_AT_ONCE = 1 << 16
 
 
 def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -490,11 +487,11 @@ class SparseAdam(torch.optim.Optimizer):
         """Do as ``_before_writing`` does for all rows that bringing a table up to date can write, some at a time."""
         history = moments.history
         if history is not None and history.log_decay == 0.0:
-            for rows in torch.split(moments.rows, _ROWS_AT_ONCE):
+            for rows in torch.split(moments.rows, ROWS_AT_ONCE):
                 self._before_writing([Write(table, moments, rows)])
             return
-        for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
-            rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device="cpu")
+        for begin in range(0, moments.num_rows, ROWS_AT_ONCE):
+            rows = torch.arange(begin, min(begin + ROWS_AT_ONCE, moments.num_rows), device="cpu")
             self._before_writing([Write(table, moments, rows)])
 
     def _before_writing(self, writes: Sequence[Write]) -> None:

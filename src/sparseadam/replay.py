@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import update
 from ._validate import GroupOptions, Place
-from .moments import Moments
+from .moments import ROWS_AT_ONCE, Moments
 from .reading import Hook, Hooks, Removable, before_reading
 from .update import RowsRead
 
@@ -24,8 +24,6 @@ from .update import RowsRead
 # the table's rows. So it takes little beside the moments, and a pass over the table is spread over many steps.
 _MAX_STEPS = 1 << 14
 _ROWS_A_STEP = 64
-
-_ROWS_AT_ONCE = 1 << 16
 
 # Threads may read the same rows at once, as replicas of a model do, and while another one steps. Each row is to be
 # moved once, and what tells whether it was must not change meanwhile: they take turns.
@@ -52,8 +50,8 @@ def flush(table: Tensor, moments: Moments, place: Place, options: GroupOptions, 
     assert history is not None, "only where missed steps are replayed"
     if history.num_steps == 0:
         return
-    for begin in range(0, moments.num_slots, _ROWS_AT_ONCE):
-        rows = moments.rows[begin : begin + _ROWS_AT_ONCE]
+    for begin in range(0, moments.num_slots, ROWS_AT_ONCE):
+        rows = moments.rows[begin : begin + ROWS_AT_ONCE]
         catch_up(table, moments, rows, place, options, backend)
     if history.log_decay != 0.0:
         rounds = options.stochastic_rounding

@@ -34,8 +34,10 @@ def row_stride(table: Tensor, moments: Moments) -> int | None:
     return stride if _is_dense(table.shape[:sparse_dim], table.stride()[:sparse_dim], stride) else None
 
 
-def stride_refusal(table: Tensor, moments: Moments) -> str | None:
+def memory_refusal(table: Tensor, moments: Moments) -> str | None:
     """Say why rows cannot be walked by one stride, each element being what lies there, or None where they can."""
+    if table.data_ptr() == 0 and table.numel() > 0:
+        return "the table's storage has been freed"
     if table.is_neg():
         return "the table is a view that negates what lies in memory; .resolve_neg() makes one that does not"
     if row_stride(table, moments) is not None:

@@ -14,7 +14,7 @@ from ..moments import Moments, StateLayout
 # How backends are told what to do about rows whose gradient is not finite.
 NONFINITE = {"propagate": 0, "error": 1, "skip": 2}
 
-# Rows that an error about them names.
+# Rows that an error about them names. As in csrc/step.cpp.
 ROWS_NAMED = 5
 
 

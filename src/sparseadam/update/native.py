@@ -22,7 +22,7 @@ from .. import _validate
 from .._huge_pages import move_into_huge_pages
 from .._validate import GroupOptions, Place
 from ..moments import Moments, NativeTable, StateLayout, moment_dtype
-from ._in_place import report_writes, row_stride, stride_refusal
+from ._in_place import memory_refusal, report_writes, row_stride
 from ._types import RowsRead, RowUpdate
 
 # Rows and lookups up to here always fit the native index type; beyond, the module is asked.
@@ -114,9 +114,7 @@ def _table_refusal(table: Tensor, moments: Moments) -> str | None:
         return f"it runs on the CPU, and the table is on {table.device}"
     if _element_type(table.dtype) not in _module().element_types():
         return f"this build has no {table.dtype} kernel"
-    if table.data_ptr() == 0 and table.numel() > 0:
-        return "the table's storage has been freed"
-    return stride_refusal(table, moments)
+    return memory_refusal(table, moments)
 
 
 def update_rows(updates: Sequence[RowUpdate]) -> None:

@@ -17,10 +17,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from .. import _interrupts, _validate, rounding
 from .._validate import Place
 from ..history import BETA1, BETA2, EPS, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
-from ..moments import Moments, StateLayout
+from ..moments import ROWS_AT_ONCE, Moments, StateLayout
 from ._types import NONFINITE, ROWS_NAMED, RowsRead, RowUpdate, StepScalars, bias_corrections
-
-_ROWS_AT_ONCE = 1 << 16
 
 
 class SummedRows(NamedTuple):
@@ -328,8 +326,8 @@ def decay_untouched(table: Tensor, moments: Moments, place: Place, seed: int, *,
     """
     assert moments.history is not None, "only where missed steps are replayed"
     decay = torch.tensor(moments.history.log_decay, dtype=torch.float64, device=table.device).exp().to(moments.dtype)
-    for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
-        rows = (moments.slot_of_row[begin : begin + _ROWS_AT_ONCE] == 0).nonzero()[:, 0] + begin
+    for begin in range(0, moments.num_rows, ROWS_AT_ONCE):
+        rows = (moments.slot_of_row[begin : begin + ROWS_AT_ONCE] == 0).nonzero()[:, 0] + begin
         random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
         with _unsafe_preserve_version_counter(table):
             _write_table(table, moments, rows, lambda weights: weights * decay, random)
@@ -344,8 +342,8 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
     """
     if moments.log_decay == 0.0:
         return
-    for begin in range(0, moments.num_rows, _ROWS_AT_ONCE):
-        rows = torch.arange(begin, min(begin + _ROWS_AT_ONCE, moments.num_rows), device=moments.device)
+    for begin in range(0, moments.num_rows, ROWS_AT_ONCE):
+        rows = torch.arange(begin, min(begin + ROWS_AT_ONCE, moments.num_rows), device=moments.device)
         slots = moments.slot_of_row[rows].to(torch.int64) - 1
         paid = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         paid[slots >= 0] = moments["paid_log_decay"][slots[slots >= 0]]

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import _validate, rounding
 from ..moments import Moments, StateLayout
 from . import reference
-from ._in_place import report_writes, row_stride, stride_refusal
+from ._in_place import memory_refusal, report_writes, row_stride
 from ._types import NONFINITE, ROWS_NAMED, RowUpdate, layout_refusal
 
 # Elements that a program has in hand at a time, and the widest block of them; both are powers of two. What they are on
@@ -122,7 +122,7 @@ def _refusal(table: Tensor, moments: Moments) -> str | None:
     if table.device.type != ("cpu" if is_interpreted() else "cuda"):
         where = "interpreted, on the CPU" if is_interpreted() else "on CUDA and ROCm devices"
         return f"it runs {where}, and the table is on {table.device}"
-    return layout_refusal(moments.layout) or stride_refusal(table, moments)
+    return layout_refusal(moments.layout) or memory_refusal(table, moments)
 
 
 @torch.no_grad()
