@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 import sparseadam
+from sparseadam.update import native
 
 # make test-triton runs the tests of the Triton backend so, on the CPU: a step then takes some hundred times longer.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,6 +22,11 @@ BACKENDS = [
     for backend in sparseadam.backends()
     if backend.available and (backend.name != "triton" or IS_INTERPRETED)
 ]
+
+needs_steady_steps = pytest.mark.skipif(
+    native.module() is None or native.module().steady_step(torch.Tensor) is None,
+    reason="this torch or this installation has no steady steps; every step is a general one",
+)
 
 
 if IS_INTERPRETED:

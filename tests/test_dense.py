@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_steady_steps
 from saving import through_a_file
 from snapshot import bits, snapshot, state_bits
 from torch import Tensor, nn
@@ -18,12 +19,6 @@ from torch.optim import AdamW
 
 from sparseadam import SparseAdam
 from sparseadam.moments import Moments
-from sparseadam.update import native
-
-needs_steady_steps = pytest.mark.skipif(
-    native.module() is None or native.module().steady_step(Tensor) is None,
-    reason="this torch or this installation has no steady steps; every step is a general one",
-)
 
 
 @pytest.fixture(autouse=True)

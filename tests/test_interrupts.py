@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_steady_steps
+from gradients import coo
 from snapshot import snapshot
-from torch import Tensor, nn
+from torch import nn
 
 from sparseadam import SparseAdam, _interrupts, replay
-from sparseadam.update import native, reference
+from sparseadam.update import reference
 
 ROWS, WIDTH = 24, 3
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,20 +92,20 @@ def test_ctrl_c_waits_until_rows_and_their_state_agree(act: str, options: str, m
     assert snapshot(got[1]) == snapshot(expected[1])
 
 
-def with_dense(backend: str) -> tuple[SparseAdam, list[nn.Parameter]]:
+def with_dense(backend: str) -> SparseAdam:
     """Return an optimizer of a table and a dense parameter after two steps, with gradients for the third."""
     table, weight = nn.Parameter(torch.ones(ROWS, WIDTH)), nn.Parameter(torch.ones(5))
     optimizer = SparseAdam([table, weight], lr=0.1, dense_gradients="adam", backend=backend)
     for step in range(3):
-        table.grad = torch.sparse_coo_tensor([[step, 9]], torch.ones(2, WIDTH), table.shape, check_invariants=True)
+        table.grad = coo([step, 9], torch.ones(2, WIDTH), table.shape)
         weight.grad = torch.ones(5)
         if step < 2:
             optimizer.step()
-    return optimizer, [table, weight]
+    return optimizer
 
 
 def test_ctrl_c_waits_until_dense_parameters_are_stepped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    (expected, _), (got, _) = with_dense("reference"), with_dense("reference")
+    expected, got = with_dense("reference"), with_dense("reference")
     expected.step()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reference, "_write_table", interrupting(reference._write_table))
@@ -111,16 +113,10 @@ def test_ctrl_c_waits_until_dense_parameters_are_stepped_too(monkeypatch: pytest
     assert snapshot(got) == snapshot(expected)
 
 
-has_steady_steps = pytest.mark.skipif(
-    native.module() is None or native.module().steady_step(Tensor) is None,
-    reason="this torch or this installation has no steady steps",
-)
-
-
-@has_steady_steps
+@needs_steady_steps
 def test_ctrl_c_in_a_steady_step_waits_until_dense_parameters_are_stepped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report of what was written is replaced by a signal's arrival, of which Python hears when it is back."""
-    (expected, _), (got, _) = with_dense("native"), with_dense("native")
+    expected, got = with_dense("native"), with_dense("native")
     expected.step()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(got, "_step_generally", None)
@@ -130,13 +126,12 @@ def test_ctrl_c_in_a_steady_step_waits_until_dense_parameters_are_stepped_too(mo
     assert snapshot(got) == snapshot(expected)
 
 
-@has_steady_steps
+@needs_steady_steps
 def test_ctrl_c_during_a_steady_step_finds_its_writes_reported() -> None:
     """The signal comes while native code runs, as a rule; whenever it comes, autograd knows of what was written."""
     table = nn.Parameter(torch.zeros(20_000, 256))
     optimizer = SparseAdam([table], lr=0.1)
-    rows = torch.arange(len(table))[None]
-    table.grad = torch.sparse_coo_tensor(rows, torch.ones_like(table), table.shape, check_invariants=True)
+    table.grad = coo(torch.arange(len(table)), torch.ones(table.shape), table.shape)
     for _ in range(2):
         optimizer.step()
     last = table.detach()[-1, -1]

@@ -1523,7 +1523,6 @@ def test_killed_at_random_and_at_every_call_a_run_comes_back_to_its_last_checkpo
 
 LIMITED_RUN = """
 import sys
-import time
 import zlib
 from pathlib import Path
 import torch

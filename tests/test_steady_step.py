@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_steady_steps
 from gradients import coo
 from snapshot import snapshot
-from torch import Tensor, nn
+from torch import nn
 
 import sparseadam.optimizer
 from sparseadam import SparseAdam
-from sparseadam.update import native
 
-pytestmark = pytest.mark.skipif(
-    native.module() is None or native.module().steady_step(Tensor) is None,
-    reason="this torch or this installation has no steady steps; every step is a general one",
-)
+pytestmark = needs_steady_steps
 
 
 class Run:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import BACKENDS, many, num_examples
+from conftest import BACKENDS, many, needs_steady_steps, num_examples
 from gradients import coo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sparseadam import SparseAdam, _memory
-from sparseadam.update import native
 
 NUM_ROWS = 12
 MOST_ROWS = 20
@@ -730,10 +729,7 @@ def count_general_steps(run: Run) -> list[None]:
     return calls
 
 
-@pytest.mark.skipif(
-    native.module() is None or native.module().steady_step(Tensor) is None,
-    reason="this torch or this installation has no steady steps; every step is a general one",
-)
+@needs_steady_steps
 @pytest.mark.parametrize("change", [*CHANGES, Run.flush, lambda run: run.resize(NUM_ROWS), lambda run: run.forget(4)])
 @each_case
 def test_steps_are_steady_again_after_one(case: str, change: Callable[[Run], None], memory: str) -> None:

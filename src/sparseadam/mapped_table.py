@@ -103,9 +103,8 @@ class MappedTable(MappedFile):
             table, has_values = self.tensor(), self._has_values()
             for piece in torch.split(new, max(_MOST_ELEMENTS // self.dim, 1)):
                 table[piece] = self.init.values(piece, self.dim, self.dtype)
-                has_values.set(
-                    piece
-                )  # after the values: a process that dies in between leaves rows that are made again
+                # After the values: a process that dies in between leaves rows that are made again.
+                has_values.set(piece)
 
     def without_values(self, rows: Tensor) -> Tensor:
         """Return those of ``rows`` that have not been given their initial values."""

@@ -83,8 +83,13 @@ def _touched_rows(sorted_rows, begins, num_touched, num_rows, BLOCK_ROWS: tl.con
 
 
 @triton.jit
-def _summed(values, order, begin, end, columns, is_element, width, dtype: tl.constexpr):
-    """Return the sum of each row's lookups, in lookup order, ``[rows, columns]``."""
+def _sum_block(values, order, begin, end, first, is_row, width, dtype: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Return the sum of each row's lookups, in lookup order, in the block of columns from ``first`` up.
+
+    With it, ``[rows, columns]``, come the columns' numbers and which elements there are.
+    """
+    columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
+    is_element = is_row[:, None] & (columns < width)
     total = tl.zeros(is_element.shape, dtype)
     for offset in range(0, tl.max(end - begin, axis=0)):
         position = begin + offset
@@ -92,7 +97,7 @@ def _summed(values, order, begin, end, columns, is_element, width, dtype: tl.con
         lookup = tl.load(order + position, mask=is_lookup, other=0)
         value = tl.load(values + lookup[:, None] * width + columns, mask=is_lookup[:, None] & is_element, other=0.0)
         total += rounding.widen(value, dtype)
-    return total
+    return total, columns, is_element
 
 
 @triton.jit(do_not_specialize=_CHANGING[:2])
@@ -127,9 +132,7 @@ def find_rows(
     if LOOKS:
         bad = tl.zeros([BLOCK_ROWS], tl.int32)
         for first in range(0, width, BLOCK_WIDTH):
-            columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
-            is_element = is_row[:, None] & (columns < width)
-            grad = _summed(values, order, begin, end, columns, is_element, width, DTYPE)
+            grad, _, _ = _sum_block(values, order, begin, end, first, is_row, width, DTYPE, BLOCK_WIDTH)
             # Infinite or NaN: neither less than infinity.
             bad = tl.maximum(bad, tl.max(tl.where(tl.abs(grad) < float("inf"), 0, 1), axis=1))
         tl.store(is_finite + r, (1 - bad).to(tl.int8), mask=is_row)
@@ -275,9 +278,7 @@ def _next_second_moment_of_rows(
     """Update the one second moment of each row; return what stands under the row's root, ``[rows, 1]``."""
     square = tl.zeros(begin.shape, DTYPE)
     for first in range(0, width, BLOCK_WIDTH):
-        columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
-        mask = is_row[:, None] & (columns < width)
-        grad = _summed(values, order, begin, end, columns, mask, width, DTYPE)
+        grad, _, _ = _sum_block(values, order, begin, end, first, is_row, width, DTYPE, BLOCK_WIDTH)
         square += tl.sum(grad * grad, axis=1)
     square = _quotient(square, tl.full(begin.shape, 1.0, DTYPE) * tl.maximum(width, 1), DTYPE)
     second = tl.load(exp_avg_sq + places, mask=is_row, other=0.0)
@@ -420,10 +421,8 @@ def update_rows(
         )
 
     for first in range(0, width, BLOCK_WIDTH):
-        columns = first + tl.arange(0, BLOCK_WIDTH)[None, :]
-        mask = is_row[:, None] & (columns < width)
+        grad, columns, mask = _sum_block(values, order, begin, end, first, is_row, width, DTYPE, BLOCK_WIDTH)
         blocks = slot * scale_stride + first // BLOCK_WIDTH
-        grad = _summed(values, order, begin, end, columns, mask, width, DTYPE)
         moment = _next_moment(
             exp_avg,
             exp_avg_scale,

@@ -267,6 +267,7 @@ class SteadyStep:
         were_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded(views)
         torch._C._dispatch_tls_set_dispatch_key_excluded(views, True)
         try:
+            # What report_writes ends up calling, without a line of Python in which an interrupt could be raised.
             grads = self._native_step.run(
                 state, groups, scalars_at, torch._C._increment_version, instruction_set(), torch.get_num_threads()
             )
@@ -322,10 +323,10 @@ def _is_steady(moments: object, table: Tensor, place: Place, options: GroupOptio
     return (
         type(moments) is Moments
         and moments.native_table is not None
-        and moments.native_table.made_for == _made_for(table, place, options.stochastic_rounding)
-        and moments.layout == options.layout
         and moments.history is None
         and moments.capacity >= moments.num_rows
+        and moments.layout == options.layout
+        and moments.native_table.made_for == _made_for(table, place, options.stochastic_rounding)
     )
 
 
