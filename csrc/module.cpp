@@ -121,24 +121,10 @@ Table make_table(uintptr_t table, int64_t table_stride, const std::string& eleme
           at_address<const int64_t>(row_names)};
 }
 
-// What is kept for one history from call to call.
-struct HistoryCache {
-  MissedSteps missed;
-  FoundRows found;
-};
-
-// (address, base, number of steps, cache) of a history; 0 and None where missed steps are not replayed
-using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t, HistoryCache*>;
 // (table, address of indices, address of values, number of lookups, scalars, counters, history)
 using StepTuple = std::tuple<const Table*, uintptr_t, uintptr_t, int64_t, ScalarArray, Counters, HistoryTuple>;
 // (table, (dimension, index) if an index is out of range, rows that are refused, whether because they are behind)
 using FaultTuple = std::tuple<int64_t, std::optional<std::pair<int64_t, int64_t>>, std::vector<int64_t>, bool>;
-
-History make_history(const HistoryTuple& tuple) {
-  const auto& [steps, base, num_steps, cache] = tuple;
-  if (cache == nullptr) return {};
-  return {at_address<const StepNumbers>(steps), base, num_steps, &cache->missed, &cache->found};
-}
 
 std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const std::string& instruction_set,
                                    int num_threads) {
@@ -146,8 +132,7 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
   tables.reserve(tuples.size());
   for (const auto& [table, indices, values, num_lookups, scalars, counters, history] : tuples) {
     tables.push_back(make_table_step(*table, at_address<const int64_t>(indices), at_address<const void>(values),
-                                     num_lookups, scalars, counters));
-    tables.back().history = make_history(history);
+                                     num_lookups, scalars, counters, make_history(history)));
   }
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
   Fault fault;
@@ -274,10 +259,12 @@ NB_MODULE(_native, m) {
       .def("add_group", &SteadyStep::add_group)
       .def(
           "add_table",
-          [](SteadyStep& self, nb::object parameter, nb::object native_table, Counters counters) {
-            self.add_table(std::move(parameter), std::move(native_table), counters);
+          [](SteadyStep& self, nb::object parameter, nb::object native_table, Counters counters,
+             nb::object history_of) {
+            self.add_table(std::move(parameter), std::move(native_table), counters, std::move(history_of));
           },
-          nb::kw_only(), nb::arg("parameter"), nb::arg("native_table"), nb::arg("counters"))
+          nb::kw_only(), nb::arg("parameter"), nb::arg("native_table"), nb::arg("counters"),
+          nb::arg("history_of").none())
       .def("add_idle", &SteadyStep::add_idle, nb::arg("parameter"))
       .def("add_dense", &SteadyStep::add_dense, nb::arg("parameter"), nb::arg("state"),
            nb::sig("def add_dense(self, parameter: object, state: dict[str, object]) -> None"))

@@ -1,9 +1,11 @@
 #include "steady_step.h"
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <utility>
 
 namespace nb = nanobind;
@@ -98,8 +100,14 @@ bool is_same_dtype(nb::dlpack::dtype a, nb::dlpack::dtype b) {
 
 }  // namespace
 
+History make_history(const HistoryTuple& tuple) {
+  const auto& [steps, base, num_steps, cache] = tuple;
+  if (cache == nullptr) return {};
+  return {reinterpret_cast<const StepNumbers*>(steps), base, num_steps, &cache->missed, &cache->found};  // NOLINT
+}
+
 TableStep make_table_step(const Table& table, const int64_t* indices, const void* values, int64_t num_lookups,
-                          const ScalarArray& s, const Counters& counters) {
+                          const ScalarArray& s, const Counters& counters, const History& history) {
   const StepScalars scalars{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
   return {&table,
           indices,
@@ -110,7 +118,7 @@ TableStep make_table_step(const Table& table, const int64_t* indices, const void
           *counter_at(counters, kNumSlots),
           *counter_at(counters, kNumSkipped),
           *log_decay_at(counters),
-          {}};
+          history};
 }
 
 void advance(const Counters& counters, const TableStep& done) {
@@ -186,14 +194,16 @@ bool SteadyStep::looks_like(nb::handle object, const Look& look) const {
   return read(object, tensor) && look.is_like(tensor);
 }
 
-void SteadyStep::add_table(nb::object parameter, nb::object native_table, const Counters& counters) {
+void SteadyStep::add_table(nb::object parameter, nb::object native_table, const Counters& counters,
+                           nb::object history_of) {
   const auto* table = nb::cast<const Table*>(native_table);
   Look look = look_at(parameter);
-  groups_.back().push_back({std::move(parameter), std::move(native_table), table, counters, std::move(look), {}, {}});
+  groups_.back().push_back(
+      {std::move(parameter), std::move(native_table), table, counters, std::move(history_of), std::move(look), {}, {}});
 }
 
 void SteadyStep::add_idle(nb::object parameter) {
-  groups_.back().push_back({std::move(parameter), {}, nullptr, {}, {}, {}, {}});
+  groups_.back().push_back({std::move(parameter), {}, nullptr, {}, {}, {}, {}, {}});
 }
 
 void SteadyStep::add_dense(nb::object parameter, nb::dict state) {
@@ -201,7 +211,7 @@ void SteadyStep::add_dense(nb::object parameter, nb::dict state) {
   for (const auto& [name, part] : state) parts.push_back({nb::borrow(part), look_at(part)});
   Look look = look_at(parameter);
   groups_.back().push_back(
-      {std::move(parameter), {}, nullptr, {}, std::move(look), std::move(state), std::move(parts)});
+      {std::move(parameter), {}, nullptr, {}, {}, std::move(look), std::move(state), std::move(parts)});
 }
 
 void SteadyStep::remember_state(nb::dict state) { state_ = DictLook(std::move(state)); }
@@ -253,6 +263,7 @@ int SteadyStep::visit_objects(visitproc visit, void* arg) const {
     for (const Parameter& parameter : group) {
       Py_VISIT(parameter.object.ptr());
       Py_VISIT(parameter.native_table.ptr());
+      Py_VISIT(parameter.history_of.ptr());
       Py_VISIT(parameter.dense_state.ptr());
       for (const Part& part : parameter.parts) Py_VISIT(part.tensor.ptr());
     }
@@ -331,8 +342,13 @@ bool SteadyStep::read_lookups(const Parameter& parameter, nb::handle indices, nb
       value.shape[0] == index.shape[1] &&
       std::equal(look.shape.begin() + static_cast<int64_t>(sparse_dim), look.shape.end(), value.shape + 1);
   if (!fits || !Partitioning::fits(parameter.table->num_rows, index.shape[1])) return false;
+  History history;
+  if (!parameter.history_of.is_none()) {
+    history = make_history(nb::cast<HistoryTuple>(parameter.history_of()));
+    if (history.step() >= std::numeric_limits<int32_t>::max()) return false;  // the clocks of its slots end there
+  }
   reading.steps.push_back(make_table_step(*parameter.table, static_cast<const int64_t*>(memory_of(index)),
-                                          memory_of(value), index.shape[1], scalars, parameter.counters));
+                                          memory_of(value), index.shape[1], scalars, parameter.counters, history));
   return true;
 }
 

@@ -12,9 +12,12 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "found_rows.h"
+#include "history.h"
 #include "step.h"
 
 namespace sparseadam {
@@ -30,8 +33,18 @@ using ScalarArray = std::array<double, 14>;
 // Addresses of a table's counters: step, num_slots and num_skipped as three int64, and log_decay as a double.
 using Counters = std::pair<uintptr_t, uintptr_t>;
 
+// What is kept for one history from call to call.
+struct HistoryCache {
+  MissedSteps missed;
+  FoundRows found;
+};
+
+// (address, base, number of steps, cache) of a history; 0 and None where missed steps are not replayed
+using HistoryTuple = std::tuple<uintptr_t, int64_t, int64_t, HistoryCache*>;
+History make_history(const HistoryTuple& tuple);
+
 TableStep make_table_step(const Table& table, const int64_t* indices, const void* values, int64_t num_lookups,
-                          const ScalarArray& scalars, const Counters& counters);
+                          const ScalarArray& scalars, const Counters& counters, const History& history);
 // After a step.
 void advance(const Counters& counters, const TableStep& done);
 
@@ -43,8 +56,10 @@ class SteadyStep {
 
   // Append a parameter to the last group: one that has moments; one that has none, which must not have a gradient
   // either when the step is taken; or one with dense gradients and a dict of tensors for its state, which is only
-  // looked at, for the caller to step.
-  void add_table(nanobind::object parameter, nanobind::object native_table, const Counters& counters);
+  // looked at, for the caller to step. `history_of` gives a table's HistoryTuple, and is None where missed steps are
+  // not replayed; the caller appends each step to the history.
+  void add_table(nanobind::object parameter, nanobind::object native_table, const Counters& counters,
+                 nanobind::object history_of);
   void add_idle(nanobind::object parameter);
   void add_dense(nanobind::object parameter, nanobind::dict state);
 
@@ -86,6 +101,7 @@ class SteadyStep {
     nanobind::object object, native_table;
     const Table* table = nullptr;
     Counters counters{};
+    nanobind::object history_of;
     Look look;
     nanobind::object dense_state;  // of a parameter with dense gradients, as are its parts
     std::vector<Part> parts;

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, needs_steady_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saving import through_a_file
@@ -582,22 +582,26 @@ def test_a_thread_may_read_while_another_one_steps(backend: str) -> None:
     assert table.isfinite().all()
 
 
-def test_an_interrupted_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C arrives when native code has returned: what is written then is known to be written."""
+@pytest.mark.parametrize("is_steady", [False, pytest.param(True, marks=needs_steady_steps)])
+def test_an_interrupted_step_is_a_step(is_steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt arrives when rows are written: what is written then is known to be written."""
     settings = [behind("native", weight_decay=0.1) for _ in range(2)]
     rows = torch.tensor([1, 3, 15])
+    owner, name = (torch._C, "_increment_version") if is_steady else (native, "update_rows")
+    function = getattr(owner, name)
 
     def interrupted(*arguments: Any) -> None:
-        native_update_rows(*arguments)
+        function(*arguments)
         raise KeyboardInterrupt
 
-    native_update_rows = native.update_rows
     for setting in settings:
+        if not is_steady:
+            setting.optimizer.__dict__["_steady_step"] = None
         setting.optimizer.catch_up(setting.table, rows)
         give_gradient(setting.table, rows, torch.ones(3, 6))
         if setting is settings[0]:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(native, "update_rows", interrupted)
+                patch.setattr(owner, name, interrupted)
                 setting.optimizer.step()
         else:
             setting.optimizer.step()

@@ -22,8 +22,8 @@ pytestmark = needs_steady_steps
 class Run:
     """Three tables in two groups, one of them viewed as 4 x 3 rows, with an optimizer that has stepped twice."""
 
-    def __init__(self) -> None:
-        """Build them and take the two steps."""
+    def __init__(self, **options: Any) -> None:
+        """Build them, with options of all groups, and take the two steps."""
         torch.manual_seed(0)
         self.tables = [
             nn.Parameter(torch.randn(20, 6)),
@@ -31,7 +31,8 @@ class Run:
             nn.Parameter(torch.randn(4, 3, 2)),
         ]
         self.sparse_dims = [1, 1, 2]
-        self.optimizer = SparseAdam([{"params": self.tables[:2]}, {"params": self.tables[2:], "lr": 0.1}])
+        self.optimizer = SparseAdam([{"params": self.tables[:2]}, {"params": self.tables[2:], "lr": 0.1}], **options)
+        self.replays = options.get("missed_steps") == "replay"
         self.num_general = 0
         self._count_general_steps()
         for seed in range(2):
@@ -48,12 +49,15 @@ class Run:
         self.optimizer._step_generally = counted  # type: ignore[method-assign]
 
     def set_gradients(self, seed: int) -> None:
-        """Give each table seven lookups drawn from a seed."""
+        """Give each table seven lookups drawn from a seed; rows that are behind are read before."""
         torch.manual_seed(seed)
         for table, sparse_dim in zip(self.tables, self.sparse_dims, strict=True):
             sizes = torch.tensor(table.shape[:sparse_dim])
             indices = (torch.rand(sparse_dim, 7) * sizes[:, None]).long()
             values = torch.randn(7, *table.shape[sparse_dim:]).to(table.dtype)
+            if self.replays:
+                rows = indices[0] if sparse_dim == 1 else indices[0] * table.shape[1] + indices[1]
+                self.optimizer.catch_up(table, rows)
             table.grad = torch.sparse_coo_tensor(indices, values, table.shape, check_invariants=False)
 
     def step(self, seed: int) -> None:
@@ -267,6 +271,63 @@ def test_what_changes_without_a_check_is_read_anew() -> None:
     without_steady_steps(general).step(3)
     assert steady.num_general == 0
     assert snapshot(steady.optimizer) == snapshot(general.optimizer)
+
+
+def replaying_runs() -> tuple[Run, Run]:
+    """Return two runs with missed steps replayed, the second of which never steps steadily."""
+    return Run(weight_decay=0.1, missed_steps="replay"), Run(weight_decay=0.1, missed_steps="replay")
+
+
+def assert_same_when_flushed(runs: tuple[Run, Run]) -> None:
+    for is_flushed in (False, True):
+        if is_flushed:
+            for run in runs:
+                run.optimizer.flush()
+        assert snapshot(runs[0].optimizer) == snapshot(runs[1].optimizer)
+
+
+def test_missed_steps_are_noted_in_steady_steps_too() -> None:
+    """Rows miss some, at other learning rates, and a flush in between begins another history."""
+    steady, general = replaying_runs()
+    for seed in range(2, 40):
+        for run in (steady, general):
+            if seed == 20:
+                run.optimizer.flush()
+            run.set_gradients(seed)
+            run.optimizer.param_groups[0]["lr"] = 0.01 * seed
+            run.tables[seed % 2].grad = None
+            if run is general:
+                without_steady_steps(run)
+            run.optimizer.step()
+    assert steady.num_general == 0 and general.num_general == 38
+    assert_same_when_flushed((steady, general))
+
+
+def test_rows_that_are_behind_go_the_general_way_which_refuses_them() -> None:
+    steady, general = replaying_runs()
+    for run in (steady, general):
+        run.step(2)
+        before = snapshot(run.optimizer)
+        run.tables[1].grad = coo(torch.arange(9)[None], torch.ones(9), (9,))
+        with pytest.raises(RuntimeError, match="rows that are behind"):
+            run.optimizer.step()
+        assert snapshot(run.optimizer) == before
+        without_steady_steps(general)
+        run.step(3)
+    assert steady.num_general == 1
+    assert_same_when_flushed((steady, general))
+
+
+def test_rows_catch_up_where_their_table_lies_by_now() -> None:
+    """What native code was told of a table in its last general step may be of before."""
+    moved, unmoved = replaying_runs()
+    kept = [moved.tables[0].data]  # or the next memory might be the same
+    for seed in (2, 3):
+        kept.append(kept[-1].clone())
+        moved.tables[0].data = kept[-1]
+        moved.step(seed)
+        unmoved.step(seed)
+    assert_same_when_flushed((moved, unmoved))
 
 
 def lower_lr(group: dict[str, Any]) -> None:

@@ -90,6 +90,11 @@ class History:
         return len(self._numbers) // NUM_COLUMNS - 1
 
     @property
+    def last_step(self) -> int:
+        """The table's step at the last entry."""
+        return self.base + self.num_steps
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that the numbers take."""
         return len(self._numbers) * self._numbers.itemsize

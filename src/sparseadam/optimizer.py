@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from threading import RLock
 from typing import Any, overload
@@ -23,7 +23,7 @@ from .gradient import check_gradient, check_values
 from .moment_directory import Kept, MomentDirectory, Write
 from .moments import LARGEST_CLOCK, ROWS_AT_ONCE, Moments, StateLayout, moment_dtype
 from .reading import Hooks
-from .update import RowUpdate, SteadyStep, step_scalars
+from .update import Replaying, RowUpdate, SteadyStep, step_scalars
 
 
 def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -431,6 +431,13 @@ class SparseAdam(torch.optim.Optimizer):
             return self._steady_options
         return [_validate.check_group(group, index) for index, group in enumerate(self.param_groups)]
 
+    def _options_at(self, place: Place) -> GroupOptions:
+        """Return the options of a parameter's group, as ``_read_options`` does those of all."""
+        steady_step = self._steady_step
+        if steady_step is not None and steady_step.are_options_as_before(self.param_groups):
+            return self._steady_options[place.group_index]
+        return _validate.check_group(place.group, place.group_index)
+
     def _step_steadily(self, options: Sequence[GroupOptions]) -> bool:
         """Step without looking at each table in Python, if all look as after the last general step."""
         if self._steady_step is None:
@@ -443,11 +450,19 @@ class SparseAdam(torch.optim.Optimizer):
             return False
         parameters = [group["params"] for group in self.param_groups]
         scalars_at = [functools.partial(step_scalars, group_options) for group_options in options]
-        with _interrupts.held() if self._steady_dense else nullcontext():
+        replaying = self._steady_step.replaying
+        with self._undisturbed() if self._steady_dense or replaying else nullcontext():
             grads = self._steady_step.run(self.state, parameters, scalars_at)
             if grads:
                 dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
+            self._flush_where_due(replaying, options)
         return grads is not None
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Hold off Ctrl-C and threads that read rows: where this is needed, a step goes on behind its native part."""
+        with replay.TURNS, _interrupts.held():
+            yield
 
     @_outside_inference_mode
     def _step_generally(self, options: Sequence[GroupOptions]) -> None:
@@ -466,11 +481,14 @@ class SparseAdam(torch.optim.Optimizer):
             for each in updates:
                 if each.is_done():
                     self.state[each.table] = each.moments
-        for done in updates:
-            if replay.is_flush_due(done.moments):
+        self._flush_where_due(updates, options)
+
+    def _flush_where_due(self, stepped: Iterable[RowUpdate | Replaying], options: Sequence[GroupOptions]) -> None:
+        for each in stepped:
+            if replay.is_flush_due(each.moments):
                 # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
-                with suppress(*((OSError,) if self._is_in_files(done.table) else ())):
-                    self._bring_up_to_date(done.table, done.moments, done.place, options[done.place.group_index])
+                with suppress(*((OSError,) if self._is_in_files(each.table) else ())):
+                    self._bring_up_to_date(each.table, each.moments, each.place, options[each.place.group_index])
 
     def _before_steps(self, updates: Sequence[RowUpdate], dense_updates: Sequence[DenseUpdate]) -> None:
         """See to files before the first row is written, having checked row numbers, which come first in errors too."""
@@ -538,8 +556,8 @@ class SparseAdam(torch.optim.Optimizer):
             self._remember_options(self._steady_step, options)
 
     def _remember_options(self, steady_step: SteadyStep, options: Sequence[GroupOptions]) -> None:
+        self._steady_options = options  # first: another thread that catches up may ask meanwhile
         steady_step.remember_options(self.param_groups)
-        self._steady_options = options
 
     def _has_files(self) -> bool:
         """Whether steps must see to files before they write."""
@@ -690,7 +708,7 @@ class SparseAdam(torch.optim.Optimizer):
     @_outside_inference_mode
     def _catch_up(self, place: Place, table: Tensor, rows: Tensor) -> bool:
         """Return whether rows of the table can be behind; only then their range is checked."""
-        options = _validate.check_group(place.group, place.group_index)
+        options = self._options_at(place)
         _validate.check_rows(rows, place)
         moments = self._kept(table, place, options)
         if not isinstance(moments, Moments) or moments.history is None:

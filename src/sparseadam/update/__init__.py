@@ -20,12 +20,13 @@ from .._validate import GroupOptions
 from . import host, native, reference, triton
 from ._in_place import report_writes
 from ._types import RowsRead, RowUpdate, StepScalars, layout_refusal, step_scalars
-from .native import SteadyStep
+from .native import Replaying, SteadyStep
 from .reference import check_range, decay_untouched, pay_decay, rows_behind, touched_rows
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Replaying",
     "RowUpdate",
     "RowsRead",
     "SteadyStep",

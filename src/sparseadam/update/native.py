@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
-from typing import Any, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def refusal(read: RowsRead) -> str | None:
     num_rows_read = len(read.rows)
     if not _module().fits(read.moments.num_rows, num_rows_read):
         return f"{read.moments.num_rows} rows, of which {num_rows_read} are read, do not fit its 64-bit entries"
-    return _table_refusal(read.table, read.moments)
+    return None if _has_handle(read) else _table_refusal(read.table, read.moments)
 
 
 def _table_refusal(table: Tensor, moments: Moments) -> str | None:
@@ -154,7 +154,7 @@ def catch_up(read: RowsRead) -> None:
     if history.log_decay != 0.0:  # rows without a slot may get one
         moments.grow(moments.num_slots + len(read.rows))
     num_slots = _module().catch_up(
-        table=_make_handle(read),
+        table=_handle_of(moments) if _has_handle(read) else _make_handle(read),
         rows=read.rows.data_ptr(),
         num_rows_read=len(read.rows),
         num_slots=moments.num_slots,
@@ -231,15 +231,25 @@ def can_coalesce(indices: Tensor, values: Tensor, sparse_shape: Sequence[int], d
     )
 
 
+class Replaying(NamedTuple):
+    """A table whose missed steps are replayed."""
+
+    table: Tensor
+    moments: Moments
+    place: Place
+
+
 class SteadyStep:
     """The tables of a step just taken, read by native code in the next one while all of them look the same.
 
     Only what may differ without a check is read anew: gradients, their entries, counters and the groups' numbers.
     """
 
-    def __init__(self, native_step: Any) -> None:
+    def __init__(self, native_step: Any, replaying: list[Replaying]) -> None:
         """Wrap the module's listing; ``list_tables`` makes it."""
         self._native_step = native_step
+        # Of the listed tables those whose missed steps are replayed.
+        self.replaying = replaying
 
     def remember_options(self, groups: list[dict[str, Any]]) -> None:
         """Take note of what the groups' options are."""
@@ -255,12 +265,14 @@ class SteadyStep:
         Args:
             state: the optimizer's state.
             groups: the parameters of each group.
-            scalars_at: for each group, the ``StepScalars`` of a step.
+            scalars_at: for each group, the ``StepScalars`` of a step, which histories of missed steps are given too.
 
         Returns:
             The gradients of the dense parameters as listed, which are the caller's to step, with None for those that
             have none. None if it could not: then nothing was written, and the general step will find out why.
         """
+        if self.replaying:  # native code and histories are given the same ones
+            scalars_at = [cache(each) for each in scalars_at]
         # A gradient's entries are only looked at here, and autograd's views of them are not needed: without those a
         # further table takes 1.4 us in place of 1.9, of which 0.25 come back where the gradient is freed.
         views = DispatchKey.ADInplaceOrView
@@ -273,7 +285,15 @@ class SteadyStep:
             )
         finally:
             torch._C._dispatch_tls_set_dispatch_key_excluded(views, were_left_out)
+            self._note_steps(scalars_at)
         return cast("list[Tensor | None] | None", grads)
+
+    def _note_steps(self, scalars_at: list[Any]) -> None:
+        """Append the step to the histories of the tables that have taken it."""
+        for _, moments, place in self.replaying:
+            history = moments.history
+            if history is not None and history.last_step < moments.step:
+                history.append(scalars_at[place.group_index](moments.step))
 
 
 def list_tables(
@@ -291,6 +311,7 @@ def list_tables(
     steady = _module().steady_step(Tensor)
     if steady is None:
         return None
+    replaying = []
     listed = [parameter for group in groups for parameter in group["params"]]
     if len(set(listed)) < len(listed):
         return None
@@ -302,28 +323,28 @@ def list_tables(
             if parameter in dense:
                 steady.add_dense(parameter, moments)
             elif _is_steady(moments, parameter, place, options[group_index]):
+                replays = moments.history is not None
                 steady.add_table(
                     parameter=parameter,
                     native_table=_handle_of(moments),
                     counters=moments.counter_addresses,
+                    history_of=partial(_history_tuple, moments) if replays else None,
                 )
+                if replays:
+                    replaying.append(Replaying(parameter, moments, place))
             elif parameter.grad is None:
                 steady.add_idle(parameter)
             else:
                 return None
     steady.remember_state(state)
-    return SteadyStep(steady)
+    return SteadyStep(steady, replaying)
 
 
 def _is_steady(moments: object, table: Tensor, place: Place, options: GroupOptions) -> TypeGuard[Moments]:
-    """Whether a table's next step needs nothing of Python: what the native backend knows of it is so, and stays so.
-
-    Where missed steps are replayed, each step adds to what they are.
-    """
+    """Whether a table's next step needs nothing of Python: what the native backend knows of it is so, and stays so."""
     return (
         type(moments) is Moments
         and moments.native_table is not None
-        and moments.history is None
         and moments.capacity >= moments.num_rows
         and moments.layout == options.layout
         and moments.native_table.made_for == _made_for(table, place, options.stochastic_rounding)
@@ -333,6 +354,12 @@ def _is_steady(moments: object, table: Tensor, place: Place, options: GroupOptio
 def _handle_of(moments: Moments) -> object:
     assert moments.native_table is not None, "prepare makes it"
     return moments.native_table.handle
+
+
+def _has_handle(read: RowsRead) -> bool:
+    """Whether the handle of the table's last step is one for what it is now."""
+    known = read.moments.native_table
+    return known is not None and known.made_for == _made_for(read.table, read.place, read.stochastic_rounding)
 
 
 def _made_for(table: Tensor, place: Place, stochastic_rounding: bool) -> tuple[Any, ...]:
