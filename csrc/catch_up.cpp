@@ -166,7 +166,7 @@ class Call {
 }  // namespace
 
 BadIndex catch_up(RowsRead& read, InstructionSet instruction_set, int max_threads) {
-  read.history.missed->advance(read.history);
+  read.history.missed->advance(read.history, tolerance_of(read.table->element));
   if (read.num_rows_read == 0) return {};
   Borrowed<Workspace> workspace;
   const int num_threads = threads_for(read.num_rows_read * read.table->row_bytes(), max_threads);

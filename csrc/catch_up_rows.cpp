@@ -5,17 +5,13 @@
 #include <type_traits>
 
 #include "formula.h"
+#include "history.h"
 #include "prefetch.h"
 #include "rounding.h"
 
 namespace sparseadam {
 
 namespace {
-
-// What share of a row's move, as it would be without eps, the sums of history.h may be off by. Float tables round each
-// weight by 2**-24 of itself anyway.
-template <class Moment>
-constexpr double kTolerance = sizeof(Moment) == sizeof(double) ? 1e-9 : 0x1p-22;
 
 // The terms of a series, with the signs and factors that all elements of a row share.
 template <class Moment>
@@ -47,7 +43,8 @@ class Replay {
         weights_(scratch),
         roots_(scratch + memory.width),
         exp_avg_(scratch + 2 * memory.width),
-        exp_avg_sq_(scratch + 3 * memory.width) {}
+        exp_avg_sq_(scratch + 3 * memory.width),
+        moves_(scratch + 4 * memory.width) {}
 
   SPARSEADAM_INLINE void prefetch_table(int64_t row) const {
     prefetch(table_row(row), static_cast<int64_t>(sizeof(Element)) * memory_.width);
@@ -137,20 +134,14 @@ class Replay {
     const MissedSums& sums = memory_.history.missed->at(begin);
     // What the sums leave out: the decay of the steps after the last one that they take in, and the moment's scale.
     const double factor = decay_since(sums.log_decay) * scales.first;
-    const double tolerated = kTolerance<Moment> * sums.powers[0];
+    const double tolerated = kTolerance<Moment> * sums.total;
     const auto decay = static_cast<Moment>(decay_since(steps_[begin].log_decay));
     const auto scale = static_cast<Moment>(scales.root_of_second);
-    if (sums.eps == sums.eps && sums.centered_error <= tolerated) {
-      const Block first(sums, 0, factor);
-      if (sums.centered[1][0] == 0.0) {  // which has no step yet where few were missed
-        move_centered<false>(weights, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, first);
-      } else {
-        const Block second(sums, 1, factor);
-        move_centered<true>(weights, exp_avg, exp_avg_sq, memory_.width, decay, scale, first, second);
-      }
-    } else if (is_eps_small(sums, tolerated, exp_avg, exp_avg_sq, scale)) {
-      move_by_powers(weights, exp_avg, roots_, memory_.width, decay, static_cast<Moment>(sums.eps),
-                     Terms<Moment>(sums.powers, factor));
+    const bool has_blocks = sums.left_out <= tolerated;
+    if (has_blocks && sums.more.empty()) {
+      move_by_block(weights, exp_avg, exp_avg_sq, memory_.width, decay, scale, Block(sums.first, factor));
+    } else if (has_blocks) {
+      move_by_blocks(weights, exp_avg, exp_avg_sq, memory_.width, decay, scale, sums, factor);
     } else {
       walk(weights, begin, exp_avg, exp_avg_sq, scales);
     }
@@ -161,52 +152,36 @@ class Replay {
     Moment center, eps;
     Terms<Moment> terms;
 
-    Block(const MissedSums& sums, int block, double factor)
-        : center(static_cast<Moment>(sums.center[block])),
-          eps(static_cast<Moment>(sums.eps)),
-          terms(sums.centered[block], factor) {}
+    Block(const MissedBlock& block, double factor)
+        : center(static_cast<Moment>(block.center)), eps(static_cast<Moment>(block.eps)), terms(block.terms, factor) {}
     SPARSEADAM_INLINE Moment at(Moment root) const {
       const Moment x = Moment{1} / (center * root + eps);
       return x * terms.at(Moment{1} - eps * x);
     }
   };
 
-  template <bool kHasSecond>
-  static SPARSEADAM_INLINE void move_centered(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+  static SPARSEADAM_INLINE void move_by_block(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
                                               const Moment* __restrict__ exp_avg_sq, int64_t width, Moment decay,
-                                              Moment scale, const Block& first, const Block& second) {
+                                              Moment scale, const Block& block) {
     for (int64_t i = 0; i < width; ++i) {
-      const Moment root = std::sqrt(exp_avg_sq[i]) * scale;
-      Moment move = first.at(root);
-      if constexpr (kHasSecond) move += second.at(root);
-      weights[i] = decay * weights[i] - exp_avg[i] * move;
+      weights[i] = decay * weights[i] - exp_avg[i] * block.at(std::sqrt(exp_avg_sq[i]) * scale);
     }
   }
 
-  // The same sum, in powers of eps / root.
-  static SPARSEADAM_INLINE void move_by_powers(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
-                                               const Moment* __restrict__ roots, int64_t width, Moment decay,
-                                               Moment eps, const Terms<Moment>& terms) {
-    for (int64_t i = 0; i < width; ++i) {
-      const Moment x = Moment{1} / roots[i];
-      weights[i] = decay * weights[i] - exp_avg[i] * (x * terms.at(eps * x));
-    }
-  }
-
-  // Whether the powers of eps / root may be cut off, for every element that moves; leaves the roots behind.
-  SPARSEADAM_INLINE bool is_eps_small(const MissedSums& sums, double tolerated, const Moment* __restrict__ exp_avg,
-                                      const Moment* __restrict__ exp_avg_sq, Moment scale) const {
-    const double smallest = sums.eps * std::pow(sums.powers[kNumTerms] / tolerated, 1.0 / kNumTerms);
-    if (!(smallest < static_cast<double>(std::numeric_limits<Moment>::max()))) return false;
-    const auto least = static_cast<Moment>(smallest);
+  // The same for any number of blocks.
+  SPARSEADAM_INLINE void move_by_blocks(Moment* __restrict__ weights, const Moment* __restrict__ exp_avg,
+                                        const Moment* __restrict__ exp_avg_sq, int64_t width, Moment decay,
+                                        Moment scale, const MissedSums& sums, double factor) const {
     Moment* __restrict__ roots = roots_;
-    int64_t num_small = 0;
-    for (int64_t i = 0; i < memory_.width; ++i) {
-      const Moment root = std::sqrt(exp_avg_sq[i]) * scale;
-      num_small += !(root >= least) & (exp_avg[i] != Moment{0}) ? 1 : 0;
-      roots[i] = root >= least ? root : Moment{1};  // elements that do not move need one that can be divided by
+    Moment* __restrict__ moves = moves_;
+    for (int64_t i = 0; i < width; ++i) roots[i] = std::sqrt(exp_avg_sq[i]) * scale;
+    const Block first(sums.first, factor);
+    for (int64_t i = 0; i < width; ++i) moves[i] = first.at(roots[i]);
+    for (const MissedBlock& each : sums.more) {
+      const Block block(each, factor);
+      for (int64_t i = 0; i < width; ++i) moves[i] += block.at(roots[i]);
     }
-    return num_small == 0;
+    for (int64_t i = 0; i < width; ++i) weights[i] = decay * weights[i] - exp_avg[i] * moves[i];
   }
 
   // Step by step, as dense Adam would have moved the row.
@@ -268,6 +243,7 @@ class Replay {
   Moment* roots_;
   Moment* exp_avg_;
   Moment* exp_avg_sq_;
+  Moment* moves_;
 };
 
 // As update_rows_of_width in row_walk.h. 65,536 uniform rows of 1,000,000 x 64 took 5 to 8 % less time so, and with

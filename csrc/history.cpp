@@ -3,65 +3,108 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 
 namespace sparseadam {
 
 namespace {
 
-// How much of the window the first block takes: what is left of a fraction falls with n, so it may be the shorter one.
-constexpr double kFirstBlockShare = 0.3;
+// The largest |h| of a block that begins with a step whose move is this share of the largest one's. An eighth of the
+// tolerance is left to that one; a smaller one matters less and may be off by more, but still by less of the whole.
+// With the usual betas all steps come to a tenth of the tolerance, to half of it where the window is short.
+double reach_of(double tolerance, double share) {
+  constexpr double kMaxReach = 0.5;
+  return std::min(kMaxReach, std::pow(tolerance / 8.0, 1.0 / kNumTerms) * std::pow(share, -0.75 / kNumTerms));
+}
 
-// Steps in a window if all were like this one.
-double window_of(double beta1, double root_beta2) {
-  const double ratio = beta1 / root_beta2;
-  return ratio > kNegligible ? std::max(1.0, std::ceil(std::log(kNegligible) / std::log(ratio))) : 1.0;
+// What a missed step moves a row by: w * m / (d * sqrt(v) + eps).
+struct Move {
+  double w, d, eps;
+
+  double without_eps() const { return w / d; }
+  double h(const MissedBlock& block) const { return (d - block.center) / block.center; }
+};
+
+// What a block leaves out of a move, were eps zero. Where eps counts the move is less, and so is that.
+double left_out_by(const MissedBlock& block, const Move& move) {
+  static_assert(kNumTerms == 8, "h^8 is squared thrice");
+  const double h2 = move.h(block) * move.h(block);
+  const double h4 = h2 * h2;
+  return move.without_eps() * (h4 * h4);
+}
+
+MissedBlock begin_block(const MissedSums& sums, const Move& move, double tolerance) {
+  const double reach = reach_of(tolerance, move.without_eps() / sums.largest);
+  // d falls with n, but for changes of beta2.
+  MissedBlock block{move.d / (1.0 + reach), reach, 0.0, move.eps, {}};
+  block.most_left_out = left_out_by(block, move);
+  return block;
+}
+
+bool takes(const MissedBlock& block, const Move& move) {
+  return block.eps == move.eps && std::fabs(move.h(block)) <= block.reach &&
+         left_out_by(block, move) <= block.most_left_out;
+}
+
+// The block for a move: the last one, or a new one, or none where there are too many or no memory is left.
+MissedBlock* block_for(MissedSums& sums, const Move& move, double tolerance) {
+  std::vector<MissedBlock>& more = sums.more;
+  MissedBlock& last = more.empty() ? sums.first : more.back();
+  if (takes(last, move)) return &last;
+  if (sums.total == 0.0) {
+    sums.first = begin_block(sums, move, tolerance);
+    return &sums.first;
+  }
+  if (more.size() + 1 == kMaxBlocks) return nullptr;
+  try {
+    more.push_back(begin_block(sums, move, tolerance));
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+  return &more.back();
+}
+
+void add_move(MissedSums& sums, const Move& move, double tolerance) {
+  sums.largest = std::max(sums.largest, move.without_eps());
+  MissedBlock* block = block_for(sums, move, tolerance);
+  if (block == nullptr) {
+    sums.left_out = std::numeric_limits<double>::infinity();
+    return;
+  }
+  const double h = move.h(*block);
+  double term = move.w;
+  for (double& sum : block->terms) {
+    sum += term;
+    term *= h;
+  }
+  sums.left_out += left_out_by(*block, move);
+  sums.total += move.without_eps();
 }
 
 // Decays what was summed before this step.
 void decay_sums(MissedSums& sums, double decay) {
-  for (auto& block : sums.centered) {
-    for (double& term : block) term *= decay;
+  for (double& term : sums.first.terms) term *= decay;
+  for (MissedBlock& block : sums.more) {
+    for (double& term : block.terms) term *= decay;
   }
-  for (double& power : sums.powers) power *= decay;
-  sums.centered_error *= decay;
+  sums.total *= decay;
+  sums.largest *= decay;
+  sums.left_out *= decay;
 }
 
-// Adds missed step number n of the rows that `sums` is for.
-void add_step(MissedSums& sums, int64_t n, const StepNumbers& step, double root_beta2, double decay) {
+// Adds a missed step of the rows that `sums` is for.
+void add_step(MissedSums& sums, const StepNumbers& step, double root_beta2, double decay, double tolerance) {
   sums.scale1 *= step.beta1;
   sums.root_scale2 *= root_beta2;
-  const double w = step.step_size * sums.scale1;
-  const double d = step.root_scale * sums.root_scale2;
-  if (n == 1) {
-    const double window = window_of(step.beta1, root_beta2);
-    sums.split = std::max<int64_t>(1, static_cast<int64_t>(kFirstBlockShare * window));
-    const auto split = static_cast<double>(sums.split);
-    sums.eps = step.eps;
-    sums.center[0] = d * std::pow(root_beta2, (split - 1.0) / 2.0);
-    sums.center[1] = d * std::pow(root_beta2, (split + window) / 2.0);
-  }
-  if (step.eps != sums.eps) sums.eps = std::numeric_limits<double>::quiet_NaN();
   if (decay != 1.0) decay_sums(sums, decay);
   sums.log_decay = step.log_decay;
-
-  const int block = n <= sums.split ? 0 : 1;
-  const double h = (d - sums.center[block]) / sums.center[block];
-  double term = w;
-  for (double& sum : sums.centered[block]) {
-    sum += term;
-    term *= h;
-  }
-  sums.centered_error += std::fabs(term) / d;
-  double power = w / d;
-  for (double& sum : sums.powers) {
-    sum += power;
-    power /= d;
-  }
+  const double w = step.step_size * sums.scale1;
+  if (w != 0.0) add_move(sums, {w, step.root_scale * sums.root_scale2, step.eps}, tolerance);
 }
 
 }  // namespace
 
-void MissedSteps::advance(const History& history) {
+void MissedSteps::advance(const History& history, double tolerance) {
   const StepNumbers* steps = history.steps;
   const auto num_entries = static_cast<size_t>(history.num_steps) + 1;
   // Here and not below, so that no failure comes between the sums of one step.
@@ -71,7 +114,7 @@ void MissedSteps::advance(const History& history) {
     const StepNumbers& step = steps[j];
     const double root_beta2 = std::sqrt(step.beta2);
     const double decay = std::exp(step.log_decay - steps[j - 1].log_decay);
-    for (size_t s = first_open_; s < j; ++s) add_step(sums_[s], static_cast<int64_t>(j - s), step, root_beta2, decay);
+    for (size_t s = first_open_; s < j; ++s) add_step(sums_[s], step, root_beta2, decay, tolerance);
     // The products of later entries have fewer factors below 1, so the entries still open are the last ones.
     while (first_open_ < j && !(sums_[first_open_].scale1 >= kNegligible * sums_[first_open_].root_scale2)) {
       ++first_open_;

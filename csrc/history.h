@@ -12,15 +12,10 @@
 //   sum of w_n / (d_n * sqrt(v) + eps)  =  x * (sum of w_n  -  y * sum of w_n * h_n  +  y^2 * sum of w_n * h_n^2  -
 //   ...)
 //
-// Cut off after kNumTerms, each fraction is off by its own h_n^kNumTerms * y^kNumTerms, where 0 <= y <= 1. Two blocks
-// of n, each with a c in its middle, make that small for every sqrt(v) and eps: near 1e-10 of the sum at the default
-// betas. Where they do not (in the first steps, in which root_scale changes fast, or with a beta2 far from 1),
-//
-//   sum of w_n / (d_n * sqrt(v) + eps)  =  1/sqrt(v) * (sum of w_n/d_n  -  z * sum of w_n/d_n^2  +  ...),  z =
-//   eps/sqrt(v)
-//
-// is off by (z/d_n)^kNumTerms of each fraction, which is small where sqrt(v) is large beside eps. What neither can do
-// is walked step by step (catch_up_rows.cpp). docs/replay.md derives the bounds.
+// Cut off after kNumTerms, each fraction is off by its own h_n^kNumTerms * y^kNumTerms, where 0 <= y <= 1. So the steps
+// are cut into blocks, each with a c of its own, in which all h_n are small enough: one at the default betas, more in
+// the first hundreds of steps, in which root_scale changes fast, and with a beta2 far from 1. Where there would be too
+// many, steps are walked one by one (catch_up_rows.cpp). docs/replay.md derives the bounds.
 #pragma once
 
 #include <cmath>
@@ -54,21 +49,36 @@ struct History {
   int64_t entry_of(int32_t clock) const { return clock > base ? clock - base : 0; }
 };
 
-constexpr int kNumTerms = 5;
-constexpr int kNumBlocks = 2;
+// With eight the steps of the default betas are one block, whose terms cost less than the division of a second one.
+constexpr int kNumTerms = 8;
+// The most blocks that sums have.
+constexpr size_t kMaxBlocks = 64;
 // As in sparseadam/history.py: r^n below which a missed step only decays weights.
 constexpr double kNegligible = 1e-9;
 
+// What share of a row's move, as it would be without eps, sums may be off by. Float tables round each weight by 2**-24
+// of itself anyway.
+template <class Moment>
+constexpr double kTolerance = sizeof(Moment) == sizeof(double) ? 1e-9 : 0x1p-22;
+
+// Missed steps in a row that have one eps and d_n near each other.
+struct MissedBlock {
+  double center;         // c
+  double reach;          // the largest |h| that it takes
+  double most_left_out;  // of w/d * |h|^kNumTerms
+  double eps;
+  double terms[kNumTerms];  // sums of w * h^i
+};
+
 // The sums for one step s.
 struct MissedSums {
-  double scale1 = 1.0, root_scale2 = 1.0;       // b1^n and b2^(n/2) of the last step summed
-  double log_decay = 0.0;                       // up to which the sums have been decayed
-  double eps = 0.0;                             // of all steps summed, or NaN where they differ
-  int64_t split = 0;                            // the first block has the steps with n up to here
-  double center[kNumBlocks] = {};               // c
-  double centered[kNumBlocks][kNumTerms] = {};  // sums of w * h^i
-  double centered_error = 0.0;                  // sum of w/d * |h|^kNumTerms
-  double powers[kNumTerms + 1] = {};            // sums of w / d^(i+1)
+  double scale1 = 1.0, root_scale2 = 1.0;  // b1^n and b2^(n/2) of the last step summed
+  double log_decay = 0.0;                  // up to which the sums have been decayed
+  double total = 0.0;                      // sum of w/d: what a row would move by if eps were zero
+  double largest = 0.0;                    // w/d
+  double left_out = 0.0;                   // sum of w/d * |h|^kNumTerms; infinite where there is no block for a step
+  MissedBlock first{1.0, 0.0, 0.0, 1.0, {}};
+  std::vector<MissedBlock> more;
 };
 
 // What moments have been multiplied by: the products of the betas.
@@ -79,8 +89,9 @@ struct MomentFactors {
 // The sums for every step of a history.
 class MissedSteps {
  public:
-  // Takes in the steps of a history that are new since the last call.
-  void advance(const History& history);
+  // Takes in the steps of a history that are new since the last call, for sums that may be off by `tolerance`, which is
+  // the same in all calls.
+  void advance(const History& history, double tolerance);
 
   // Of rows last up to date at entry `s` of the history.
   const MissedSums& at(int64_t s) const { return sums_[static_cast<size_t>(s)]; }

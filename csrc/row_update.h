@@ -68,6 +68,10 @@ inline int64_t element_bytes(ElementType element) {
 
 // Bytes of an element of its moments as they are computed, and of sums.
 inline int64_t moment_bytes(ElementType element) { return element == ElementType::kFloat64 ? 8 : 4; }
+// What sums of missed steps may be off by.
+inline double tolerance_of(ElementType element) {
+  return moment_bytes(element) == sizeof(double) ? kTolerance<double> : kTolerance<float>;
+}
 
 // Calls choose(element, moment) with a value of each of a table's two types, or returns {} where this build has none.
 template <class Choose>

@@ -470,7 +470,8 @@ Fault step_with(Team& team, std::vector<TableStep>& tables, bool is_one_by_one, 
 
 Fault step(std::vector<TableStep>& tables, InstructionSet instruction_set, int max_threads) {
   for (const TableStep& table : tables) {
-    if (table.history.missed != nullptr) table.history.missed->advance(table.history);
+    if (table.history.missed != nullptr)
+      table.history.missed->advance(table.history, tolerance_of(table.table->element));
   }
   Borrowed<Workspace> borrowed;
   const bool is_one_by_one = find_ranges(tables, (*borrowed).ranges);
