@@ -81,12 +81,15 @@ void add_move(MissedSums& sums, const Move& move, double tolerance) {
   sums.total += move.without_eps();
 }
 
+void decay_block(MissedBlock& block, double decay) {
+  for (double& term : block.terms) term *= decay;
+  block.most_left_out *= decay;
+}
+
 // Decays what was summed before this step.
 void decay_sums(MissedSums& sums, double decay) {
-  for (double& term : sums.first.terms) term *= decay;
-  for (MissedBlock& block : sums.more) {
-    for (double& term : block.terms) term *= decay;
-  }
+  decay_block(sums.first, decay);
+  for (MissedBlock& block : sums.more) decay_block(block, decay);
   sums.total *= decay;
   sums.largest *= decay;
   sums.left_out *= decay;

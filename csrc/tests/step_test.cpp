@@ -838,6 +838,61 @@ void test_rounding_at_the_ends_of_chance() {
 #endif
 }
 
+// A run's steps, in which the learning rate and the weights decay as they are told to.
+std::vector<StepNumbers> numbers_of_steps(int64_t first, int64_t count, double beta1, double beta2,
+                                          double (*rate_at)(int64_t), double decay) {
+  std::vector<StepNumbers> steps = {StepNumbers{}};
+  for (int64_t j = first; j < first + count; ++j) {
+    const auto t = static_cast<double>(j);
+    StepNumbers step{rate_at(j) / (1.0 - std::pow(beta1, t)),
+                     1.0 / std::sqrt(1.0 - std::pow(beta2, t)),
+                     beta1,
+                     beta2,
+                     1e-8,
+                     steps.back().log_beta1 + std::log(beta1),
+                     steps.back().log_beta2 + std::log(beta2),
+                     steps.back().log_decay + std::log(decay)};
+    steps.push_back(step);
+  }
+  return steps;
+}
+
+// Missed steps are in few blocks, and these leave out no more than they may: otherwise rows are walked step by step,
+// which is right as well, but slow.
+void test_missed_steps_are_in_few_blocks() {
+  struct Run {
+    double beta1, beta2;
+    int64_t first;
+    double tolerance;
+    size_t most_blocks;
+  };
+  const auto constant = [](int64_t) { return 1e-3; };
+  const auto warm_up = [](int64_t j) { return 1e-3 * std::min(1.0, static_cast<double>(j) / 50.0); };
+  const auto off_and_on = [](int64_t j) { return j / 40 % 2 == 0 ? 0.0 : 1e-3; };
+  const auto jumping = [](int64_t j) { return j / 100 % 2 == 0 ? 1e-7 : 1e-3; };
+  for (const Run& run : {Run{0.9, 0.999, 3000, kTolerance<float>, 1}, Run{0.9, 0.999, 20000, kTolerance<double>, 1},
+                         Run{0.9, 0.999, 1, kTolerance<float>, 12}, Run{0.9, 0.999, 1, kTolerance<double>, 20},
+                         Run{0.9, 0.95, 1, kTolerance<float>, 20}, Run{0.5, 0.9, 1, kTolerance<double>, 16},
+                         Run{0.95, 0.999, 1, kTolerance<float>, 12}}) {
+    for (double (*rate_at)(int64_t) : {+constant, +warm_up, +off_and_on, +jumping}) {
+      for (const double decay : {1.0, 0.999, 0.9}) {
+        const std::vector<StepNumbers> steps = numbers_of_steps(run.first, 600, run.beta1, run.beta2, rate_at, decay);
+        MissedSteps missed;
+        missed.advance({steps.data(), 0, static_cast<int64_t>(steps.size()) - 1, nullptr, nullptr}, run.tolerance);
+        const size_t spare = rate_at == +constant && decay == 1.0 ? 0 : run.most_blocks;
+        for (int64_t s = 0; s < static_cast<int64_t>(steps.size()); ++s) {
+          const MissedSums& sums = missed.at(s);
+          // Where weights decay as fast as moves do, none of these matters less than the first one.
+          CHECK(decay == 0.9 || 1 + sums.more.size() <= run.most_blocks + spare, "betas %g, %g: %d blocks for step %d",
+                run.beta1, run.beta2, static_cast<int>(1 + sums.more.size()), static_cast<int>(run.first + s));
+          CHECK(sums.left_out <= run.tolerance * sums.total, "betas %g, %g: %g left out of %g for step %d", run.beta1,
+                run.beta2, sums.left_out, sums.total, static_cast<int>(run.first + s));
+        }
+      }
+    }
+  }
+}
+
 void test_threads() {
   test_rounding_at_the_ends_of_chance();
   test_partitions_of_any_size();
@@ -849,6 +904,7 @@ void test_threads() {
   test_same_bits();
   test_steps_at_once();
   test_bad_index_changes_nothing();
+  test_missed_steps_are_in_few_blocks();
   test_rows_that_are_not_finite();
   test_catching_up({"replayed", ElementType::kFloat32, {20000}, 32, 20000});
   test_catching_up({"replayed and rounded",

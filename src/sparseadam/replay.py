@@ -22,7 +22,7 @@ from .update import RowsRead
 
 # A history ends where all rows are brought up to date: at the latest after as many steps as these, or as this share of
 # the table's rows. So it takes little beside the moments, and a pass over the table is spread over many steps.
-_MAX_STEPS = 1 << 14
+_MAX_STEPS = 1 << 12
 _ROWS_A_STEP = 64
 
 # Threads may read the same rows at once, as replicas of a model do, and while another one steps. Each row is to be
