@@ -15,7 +15,8 @@ from sparseadam.bench.cli import require
 from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import available_bytes
 from sparseadam.bench.measure import SECONDS_PER_CASE
-from sparseadam.bench.report import Column, Record, origin, terminal_table, write_json_lines
+from sparseadam.bench.report import Column, Record, origin, write_json_lines
+from sparseadam.bench.terminal import TerminalTable
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -74,7 +75,7 @@ def _measure(script: Script, options: argparse.Namespace) -> None:
         print(f"{script.name}: {', '.join(cells)}", file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(origin(records[0]), markup=False)
-    console.print(terminal_table(script.columns, records, script.title))
+    console.print(TerminalTable(script.columns, records, script.title))
 
 
 def record_of_process(what: str, command: Sequence[str], **options: Any) -> Any:

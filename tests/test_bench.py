@@ -30,6 +30,7 @@ from sparseadam.bench.clock import laps
 from sparseadam.bench.errors import BenchError, UsageError
 from sparseadam.bench.measure import COPY, OURS, PEERS_TABLES, Rounds, Seconds, percentile, ratios_to_ours, spread_of
 from sparseadam.bench.report import COLUMNS, MISSED, markdown_table, notes, origin, read_json_lines, record_of
+from sparseadam.bench.terminal import TerminalTable
 from sparseadam.bench.workload import NUM_GRADIENTS, Workload, floor_bytes
 from sparseadam.update import Backend
 
@@ -115,7 +116,7 @@ def test_bad_arguments_get_a_sentence(arguments: list[str], sentence: str, capsy
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("sparseadam bench: ")
+    assert shown.err.startswith("sparseadam: ")
     assert sentence in shown.err
     assert shown.err.endswith(".\n")
     assert shown.err.count("\n") == 1
@@ -127,7 +128,7 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(capsys: pytest.Capt
     assert main([*TINY, "--device", "cuda"]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("sparseadam bench: PyTorch finds no CUDA or ROCm device; ")
+    assert shown.err.startswith("sparseadam: PyTorch finds no CUDA or ROCm device; ")
     assert shown.err.count("\n") == 1
 
 
@@ -138,7 +139,7 @@ def test_too_little_memory_gets_a_sentence(
     pytest.importorskip("rich")
     monkeypatch.setattr(cli, "measure", lambda *_, **__: raise_it(error))
     assert main(TINY) == 1
-    assert capsys.readouterr().err.endswith("sparseadam bench: there is not enough memory for case own.\n")
+    assert capsys.readouterr().err.endswith("sparseadam: there is not enough memory for case own.\n")
 
 
 def test_an_error_of_ours_is_not_taken_for_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_an_interrupt_is_said_and_has_the_shells_exit_code(
     pytest.importorskip("rich")
     monkeypatch.setattr(cli, "measure", lambda *_, **__: raise_it(KeyboardInterrupt()))
     assert main(TINY) == 130
-    assert capsys.readouterr().err.endswith("sparseadam bench: stopped.\n")
+    assert capsys.readouterr().err.endswith("sparseadam: stopped.\n")
 
 
 def raise_it(error: BaseException) -> None:
@@ -249,7 +250,7 @@ def test_bad_files_get_a_sentence(
     path.write_bytes(content)
     assert main([*TINY, "--distribution", str(path)]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith(f"sparseadam bench: {path} {sentence}")
+    assert shown.startswith(f"sparseadam: {path} {sentence}")
     assert shown.count("\n") == 1
 
 
@@ -267,8 +268,26 @@ def test_missing_dependencies_are_named(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*TINY, *flags]) == 1
     assert capsys.readouterr().err == (
-        f"sparseadam bench: this needs {missing}, which is not installed; run pip install rich matplotlib.\n"
+        f"sparseadam: this needs {missing}, which is not installed; run pip install rich matplotlib.\n"
     )
+
+
+@pytest.mark.parametrize("width", [180, 160, 120, 80, 40])
+def test_a_narrow_terminal_breaks_no_figure(width: int) -> None:
+    rich_console = pytest.importorskip("rich.console")
+    records = read_json_lines(Path(__file__).parent.parent / "benchmarks" / "results" / "step.jsonl")
+    console = rich_console.Console(width=width, highlight=False)
+    with console.capture() as capture:
+        console.print(TerminalTable(COLUMNS, records, "A step"))
+    title, *lines = capture.get().splitlines()
+    assert title.strip() == "A step"
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for record in records:
+        for column in COLUMNS:
+            assert set(column.cell(record).split()) <= set(words)
+    # A line a record, where that is possible.
+    assert ("case" in next(line for line in lines if "lookups" in line)) == (width >= 160)
 
 
 def test_the_table_of_cases_is_measured_unless_something_else_is_asked_for() -> None:

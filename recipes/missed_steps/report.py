@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from rich.table import Table
-
-from sparseadam.bench.report import Column, markdown_table, terminal_table
+from sparseadam.bench.report import Column, markdown_table
+from sparseadam.bench.terminal import TerminalTable
 
 from .methods import DENSE
 from .results import Results, worst_difference
@@ -27,9 +26,9 @@ class Sheet:
     title: str
     rows: list[dict[str, str]]
 
-    def to_terminal(self) -> Table:
+    def to_terminal(self) -> TerminalTable:
         """Return it for the terminal."""
-        return terminal_table(self._columns(), self.rows, self.title)
+        return TerminalTable(self._columns(), self.rows, self.title)
 
     def to_markdown(self) -> str:
         """Return it in Markdown, without the title."""

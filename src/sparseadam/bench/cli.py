@@ -19,7 +19,8 @@ from .cases import CASES, Case, case_named, row_source
 from .errors import BenchError, UsageError
 from .machine import facts
 from .measure import SECONDS_PER_CASE, Result, measure
-from .report import COLUMNS, HOW, Record, notes, origin, record_of, terminal_table, write_csv, write_json_lines
+from .report import COLUMNS, HOW, Record, notes, origin, record_of, write_csv, write_json_lines
+from .terminal import TerminalTable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -37,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_bench(parse_arguments(arguments))
     except BenchError as error:
-        print(f"sparseadam bench: {error}", file=sys.stderr)
+        print(f"sparseadam: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sparseadam bench: stopped.", file=sys.stderr)
+        print("sparseadam: stopped.", file=sys.stderr)
         return 130
     return 0
 
@@ -241,7 +242,7 @@ def _show(records: Sequence[Record]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES, highlight=False)
     console.print(origin(records[0]), markup=False)
-    console.print(terminal_table(COLUMNS, records))
+    console.print(TerminalTable(COLUMNS, records))
     heading_width = max(len(column.heading) for column in COLUMNS)
     legend = [f"{column.heading:{heading_width}}  {column.legend}" for column in COLUMNS]
     bandwidths = [record["copy_bytes_per_second"]["median"] / 1e9 for record in records]

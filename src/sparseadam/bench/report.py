@@ -1,4 +1,4 @@
-"""What was measured as JSON lines, CSV, a table on the terminal and Markdown.
+"""What was measured as JSON lines, CSV and Markdown.
 
 All of them are made from records, the JSON lines' contents, so that a table can be made again from a file.
 """
@@ -9,13 +9,10 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .cases import FLOOR, FUSED_STEP, FUSED_WITH_GRADIENT, TORCH_SPARSE
 from .measure import OURS, Result
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Record = dict[str, Any]
 
@@ -171,20 +168,6 @@ def notes(records: Iterable[Record]) -> list[str]:
         for record in records
         for name, reason in record["left_out"].items()
     ]
-
-
-def terminal_table(columns: Sequence[Column], records: Sequence[Record], title: str | None = None) -> Table:
-    """Return a table for the terminal, what was missed in red."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column.heading, justify="left" if index == 0 else "right")
-    for record in records:
-        cells = [column.cell(record) for column in columns]
-        table.add_row(*(Text(cell, style="bold red" if MISSED in cell else "") for cell in cells))
-    return table
 
 
 def markdown_table(columns: Sequence[Column], records: Sequence[Record]) -> str:
