@@ -24,6 +24,14 @@ def exit_code(recipe: str, run: Callable[[], None], stopped: str = "stopped.") -
     return 0
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 def whole_number(low: int, high: int) -> Callable[[str], int]:
     """Return a parser of whole numbers in ``[low, high]``, for argparse."""
 

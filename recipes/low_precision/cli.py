@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..command_line import RecipeError, check_writable, exit_code, whole_number
+from ..command_line import HelpWithDefaults, RecipeError, check_writable, exit_code, whole_number
 from ..word_vectors.cli import WORDNET, build_batches
 from ..word_vectors.cli import parse_arguments as parse_word_vector_arguments
 from ..word_vectors.corpus import read_corpus
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags; argparse ends the program where they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="low_precision",
+        prog="python -m recipes.low_precision",
         description="Train word vectors with moments and tables of fewer bits, and show what that saves and costs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=whole_number(1, 10_000), default=EPOCHS, help="times the text is read in each run")
     add("--quick", action="store_true", help="one seed and a few small steps, to see that it works")
     add("--out", type=Path, default=Path("demo_output"), help="directory for the files written")
-    add("--threads", type=whole_number(1, 1024), help="threads of torch")
+    add("--threads", type=whole_number(1, 1024), help="threads of torch (default: as many as it takes itself)")
     return parser.parse_args(arguments)
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags; argparse ends the program where they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="missed_steps",
+        prog="python -m recipes.missed_steps",
         description="Train with dense Adam and with SparseAdam, its missed steps skipped and replayed, and show what "
         "differs. Runs are kept as they end: what --out has already is not trained again.",
         allow_abbrev=False,
@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=DATA, help="directory of the data (default: shared/data beside the checkout)")
     add("--out", type=Path, default=Path("demo_output"), help="directory for the files written (default: demo_output)")
     add("--report", type=Path, help="show what this file of results holds, and train nothing")
-    add("--threads", type=whole_number(1, 1024), help="threads of torch")
+    add("--threads", type=whole_number(1, 1024), help="threads of torch (default: as many as it takes itself)")
     options = parser.parse_args(arguments)
     if options.report is not None:
         for flag in ("tasks", "seeds", "epochs", "quick", "threads"):

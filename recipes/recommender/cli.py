@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..command_line import exit_code, whole_number
+from ..command_line import HelpWithDefaults, exit_code, whole_number
 from ..word_vectors.training import OPTIMIZERS, build_optimizer, moment_bytes
 from .model import Factors
 from .purchases import Batches, Purchases, read_purchases
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check every flag; argparse ends the program where they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="recommender",
+        prog="python -m recipes.recommender",
         description="Train a recommender whose tables are shared out over the processes that torchrun starts, "
         "`torchrun --nproc-per-node 2 -m recipes.recommender`; without torchrun, in one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..command_line import RecipeError, check_writable, exit_code, whole_number
+from ..command_line import HelpWithDefaults, RecipeError, check_writable, exit_code, whole_number
 from .comparison import WARM_UP_ROUNDS, Comparison, compare_optimizers
 from .corpus import BatchStream, Corpus, read_corpus
 from .model import SkipGram
@@ -90,9 +90,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         RecipeError: a flag is unknown or its value is outside its range.
     """
     parser = _Parser(
-        prog="word_vectors",
+        prog="python -m recipes.word_vectors",
         description="Train skip-gram word vectors on a text and show what they and the optimizer are worth.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -112,7 +112,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--wordsim", type=Path, help="WordSim-353, where gensim is not installed to provide it")
     add("--rounds", type=whole_number(0, 10_000), default=40, help="rounds of the comparison; 0: none")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="fixes all chance")
-    add("--threads", type=whole_number(1, 1024), help="threads of torch")
+    add("--threads", type=whole_number(1, 1024), help="threads of torch (default: as many as it takes itself)")
     return parser.parse_args(arguments)
 
 
