@@ -13,6 +13,8 @@ namespace sparseadam {
 
 namespace {
 
+constexpr double kLeastBeta1TakenOut = 0.5;
+
 // The terms of a series, with the signs and factors that all elements of a row share.
 template <class Moment>
 struct Terms {
@@ -64,8 +66,9 @@ class Replay {
 
     Element* table = table_row(row);
     Moment* weights = load(table);
-    // The step that wrote the moments is the first one to replay, but for a beta1 that nothing can be divided by.
-    if (written > begin && steps_[written].beta1 <= kNegligible) {
+    // The step that wrote the moments is the first one to replay, but for a small beta1: the sums end where the betas'
+    // product is negligible, and would leave out what is not, once that beta1 is taken out of it.
+    if (written > begin && steps_[written].beta1 < kLeastBeta1TakenOut) {
       take_own_step(weights, exp_avg_of(slot), exp_avg_sq_of(slot), memory_.width, scalars_of(written));
       begin = written;
     }
