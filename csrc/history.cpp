@@ -21,7 +21,7 @@ double reach_of(double tolerance, double share) {
 struct Move {
   double w, d, eps;
 
-  double without_eps() const { return w / d; }
+  double without_eps() const { return std::fabs(w) / d; }
   double h(const MissedBlock& block) const { return (d - block.center) / block.center; }
 };
 

@@ -17,7 +17,7 @@ from snapshot import snapshot
 from torch import nn
 
 from sparseadam import SparseAdam, _interrupts, replay
-from sparseadam.update import reference
+from sparseadam.update import native, reference
 
 ROWS, WIDTH = 24, 3
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -168,6 +168,70 @@ def test_ctrl_c_takes_effect_between_two_tables(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(tables[1], before[1])
     optimizer.flush()
     assert torch.equal(tables[0], tables[1])
+
+
+@needs_steady_steps
+@pytest.mark.parametrize("is_steady", [False, True])
+def test_a_handler_that_saves_finds_the_step_taken(is_steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of SIGTERM may: its state_dict() flushes, which gives tables new histories."""
+    read_history = native._history_tuple
+    signals: list[int] = []  # to be raised while the second table is read
+
+    def read_and_raise(moments: Any) -> Any:
+        if moments is optimizer.state[tables[1]] and signals:
+            signal.raise_signal(signals.pop())
+        return read_history(moments)
+
+    def save(*_: object) -> None:
+        optimizer.state_dict()
+        saved.append(snapshot(optimizer))
+
+    monkeypatch.setattr(native, "_history_tuple", read_and_raise)
+    before = signal.signal(signal.SIGTERM, save)
+    saved: list[dict[str, Any]] = []
+    try:
+        for raised in ([signal.SIGTERM], []):
+            tables = [nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(2)]
+            optimizer = SparseAdam(tables, lr=0.1, backend="native", **OPTIONS["replay"])
+            for step in range(4):
+                for table in tables:
+                    rows = torch.arange(step, ROWS, 5)
+                    optimizer.catch_up(table, rows)
+                    table.grad = coo(rows, torch.ones(len(rows), WIDTH), table.shape)
+                if step == 3:
+                    optimizer._steady_step = optimizer._steady_step if is_steady else None
+                    signals += raised
+                optimizer.step()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not signals
+    save()
+    in_handler, after_step = saved
+    assert in_handler == after_step
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM"])
+def test_every_signal_that_came_is_answered_even_where_one_raises(name: str) -> None:
+    numbers = [getattr(signal, name, None), signal.SIGINT, signal.SIGTERM]
+    if numbers[0] is None:
+        pytest.skip("not a signal of this system")
+    heard: list[int] = []
+
+    def answer(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, answer) for number in dict.fromkeys(numbers)}
+    try:
+        with pytest.raises(KeyboardInterrupt), _interrupts.held():
+            for number in before:
+                signal.raise_signal(number)
+            assert not heard
+        assert sorted(heard) == sorted(before)
+        assert all(signal.getsignal(number) is answer for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_handler_of_the_program_is_called_once_and_stays() -> None:

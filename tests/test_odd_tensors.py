@@ -69,6 +69,24 @@ def test_a_table_that_negates_its_memory_moves_as_any_other(options: dict[str, A
     assert (results[0][1] < -1.0).all()
 
 
+def test_a_table_that_begins_to_negate_its_memory_is_not_taken_for_what_it_was() -> None:
+    """Its address, shape and strides are the same."""
+    results = []
+    for is_negated in (False, True):
+        table = nn.Parameter(torch.ones(4, 2))
+        optimizer = SparseAdam([table], lr=0.1, missed_steps="replay")
+        for _ in range(3):
+            optimizer.catch_up(table, torch.tensor([1]))
+            table.grad = gradient([1], table)
+            optimizer.step()
+        # The same weights in both: negated as they are read, or in memory.
+        weights = table.data
+        table.data = torch._neg_view(weights) if is_negated else -weights
+        optimizer.catch_up(table, torch.tensor([1]))
+        results.append(table.detach().resolve_neg())
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_a_table_that_negates_its_memory_cannot_be_stepped_natively() -> None:
     table = nn.Parameter(torch._neg_view(torch.ones(4, 2)))
     table.grad = gradient([1], table)

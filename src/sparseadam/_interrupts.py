@@ -1,34 +1,43 @@
-"""Holding back Ctrl-C while a table is written in several goes: in between, rows and what is kept of them differ."""
+"""Holding back signals while a table is written in several goes: in between, rows and what is kept of them differ.
+
+An interrupt would end a step there, and a handler that saves, as where a cluster takes a machine back, would save that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 try:
-    # What CPython's signal wraps to give and take enums, which are most of its time: to hold took 7.6 us with them and
-    # takes 1.4 without, twice in a step of a small table that replays.
+    # What CPython's signal wraps to give and take enums, which are most of its time: to hold one signal took 7.6 us
+    # with them and 1.4 without, twice in a step of a small table that replays.
     import _signal as signal  # type: ignore[import-not-found, unused-ignore]
 except ImportError:
     import signal
 
 
+# Those that programs answer in Python; not all of them are known everywhere.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
 @contextmanager
 def held() -> Iterator[None]:
-    """Let an interrupt that comes meanwhile take effect afterwards; may be nested."""
-    came: list[tuple[int, FrameType | None]] = []
-    handler = signal.getsignal(signal.SIGINT)
-    is_held = callable(handler)
-    if is_held:
-        try:
-            signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-        except ValueError:  # Python tells its main thread alone of signals: this one has nothing to hold back
-            is_held = False
+    """Let signals that come meanwhile take effect afterwards, each once; may be nested."""
+    came: dict[int, FrameType | None] = {}
+    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    try:
+        for number in handlers:
+            signal.signal(number, came.setdefault)
+    except ValueError:  # Python tells its main thread alone of signals: this one has nothing to hold back
+        handlers = {}
     try:
         yield
     finally:
-        if is_held:
-            signal.signal(signal.SIGINT, handler)
-        if came and callable(handler):
-            handler(*came[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            with ExitStack() as answers:  # all of them, even where one raises
+                for number, frame in came.items():
+                    answers.callback(handlers[number], number, frame)

@@ -453,14 +453,16 @@ class SparseAdam(torch.optim.Optimizer):
         replaying = self._steady_step.replaying
         with self._undisturbed() if self._steady_dense or replaying else nullcontext():
             grads = self._steady_step.run(self.state, parameters, scalars_at)
+            if grads is None:
+                return False
             if grads:
                 dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
             self._flush_where_due(replaying, options)
-        return grads is not None
+        return True
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Hold off Ctrl-C and threads that read rows: where this is needed, a step goes on behind its native part."""
+        """Hold off signals and threads that read rows: where this is needed, a step goes on behind its native part."""
         with replay.TURNS, _interrupts.held():
             yield
 

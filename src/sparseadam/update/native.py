@@ -242,7 +242,8 @@ class Replaying(NamedTuple):
 class SteadyStep:
     """The tables of a step just taken, read by native code in the next one while all of them look the same.
 
-    Only what may differ without a check is read anew: gradients, their entries, counters and the groups' numbers.
+    Only what may differ without a check is read anew: gradients, their entries, counters, histories and the groups'
+    numbers.
     """
 
     def __init__(self, native_step: Any, replaying: list[Replaying]) -> None:
@@ -364,7 +365,7 @@ def _has_handle(read: RowsRead) -> bool:
 
 def _made_for(table: Tensor, place: Place, stochastic_rounding: bool) -> tuple[Any, ...]:
     """Return what a handle of a table was made for, beside its moments, which drop it when they move."""
-    looks = table.data_ptr(), table.device, table.dtype, table.shape, table.stride()
+    looks = table.data_ptr(), table.device, table.dtype, table.shape, table.stride(), table.is_neg()
     return (*looks, place.stream, stochastic_rounding)
 
 
