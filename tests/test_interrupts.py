@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,32 @@ def test_every_signal_that_came_is_answered_even_where_one_raises(name: str) -> 
             assert not heard
         assert sorted(heard) == sorted(before)
         assert all(signal.getsignal(number) is answer for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("raising", range(4))
+def test_all_handlers_are_back_after_one_raised_while_they_were_exchanged(
+    raising: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    handlers = [signal.getsignal(number) for number in numbers]
+    exchanged = []
+
+    def exchange(number: int, handler: Any) -> None:
+        signal.signal(number, handler)
+        exchanged.append(number)
+        if len(exchanged) == raising + 1:
+            raise SystemExit
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(_interrupts, "signal", SimpleNamespace(getsignal=signal.getsignal, signal=exchange))
+            with pytest.raises(SystemExit), _interrupts.held():
+                pass
+        assert [signal.getsignal(number) for number in numbers] == handlers
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

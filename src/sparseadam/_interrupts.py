@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any
 
 try:
     # What CPython's signal wraps to give and take enums, which are most of its time: to hold one signal took 7.6 us
@@ -28,16 +29,24 @@ def held() -> Iterator[None]:
     came: dict[int, FrameType | None] = {}
     handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
     try:
-        for number in handlers:
-            signal.signal(number, came.setdefault)
-    except ValueError:  # Python tells its main thread alone of signals: this one has nothing to hold back
-        handlers = {}
-    try:
+        try:
+            for number in handlers:
+                signal.signal(number, came.setdefault)
+        except ValueError:  # Python tells its main thread alone of signals: this one has nothing to hold back
+            handlers = {}
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        _restore(list(handlers.items()))
         if came:
             with ExitStack() as answers:  # all of them, even where one raises
                 for number, frame in came.items():
                     answers.callback(handlers[number], number, frame)
+
+
+def _restore(handlers: list[tuple[int, Any]]) -> None:
+    """Give signals their handlers back: all of them, even where one is answered at once and that raises."""
+    if handlers:
+        try:
+            signal.signal(*handlers[0])
+        finally:
+            _restore(handlers[1:])
