@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,12 +55,22 @@ def interrupting(write: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+@contextmanager
+def answering(handler: Any, *numbers: int) -> Iterator[None]:
+    """Have a handler for some signals."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> Iterator[None]:
     """Also where the tests run in the background of a shell, which has them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with answering(signal.default_int_handler, signal.SIGINT):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -196,9 +207,8 @@ def test_a_handler_that_saves_finds_the_step_taken(is_steady: bool, monkeypatch:
         saved.append(snapshot(optimizer))
 
     monkeypatch.setattr(native, "_history_tuple", read_and_raise)
-    before = signal.signal(signal.SIGTERM, save)
     saved: list[dict[str, Any]] = []
-    try:
+    with answering(save, signal.SIGTERM):
         for raised in ([signal.SIGTERM], []):
             tables = [nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(2)]
             optimizer = SparseAdam(tables, lr=0.1, backend="native", **OPTIONS["replay"])
@@ -211,8 +221,6 @@ def test_a_handler_that_saves_finds_the_step_taken(is_steady: bool, monkeypatch:
                     optimizer._steady_step = optimizer._steady_step if is_steady else None
                     signals += raised
                 optimizer.step()
-    finally:
-        signal.signal(signal.SIGTERM, before)
     assert not signals
     save()
     in_handler, after_step = saved
@@ -221,35 +229,28 @@ def test_a_handler_that_saves_finds_the_step_taken(is_steady: bool, monkeypatch:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM"])
 def test_every_signal_that_came_is_answered_even_where_one_raises(name: str) -> None:
-    numbers = [getattr(signal, name, None), signal.SIGINT, signal.SIGTERM]
-    if numbers[0] is None:
+    if not hasattr(signal, name):
         pytest.skip("not a signal of this system")
+    numbers = {getattr(signal, name), signal.SIGINT, signal.SIGTERM}
     heard: list[int] = []
 
     def answer(number: int, frame: object) -> None:
         heard.append(number)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, answer) for number in dict.fromkeys(numbers)}
-    try:
+    with answering(answer, *numbers):
         with pytest.raises(KeyboardInterrupt), _interrupts.held():
-            for number in before:
+            for number in numbers:
                 signal.raise_signal(number)
             assert not heard
-        assert sorted(heard) == sorted(before)
-        assert all(signal.getsignal(number) is answer for number in before)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        assert sorted(heard) == sorted(numbers)
+        assert all(signal.getsignal(number) is answer for number in numbers)
 
 
 @pytest.mark.parametrize("raising", range(4))
 def test_all_handlers_are_back_after_one_raised_while_they_were_exchanged(
     raising: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    handlers = [signal.getsignal(number) for number in numbers]
     exchanged = []
 
     def exchange(number: int, handler: Any) -> None:
@@ -258,21 +259,18 @@ def test_all_handlers_are_back_after_one_raised_while_they_were_exchanged(
         if len(exchanged) == raising + 1:
             raise SystemExit
 
-    try:
+    handlers: dict[int, Any] = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: None}
+    with answering(handlers[signal.SIGINT], signal.SIGINT), answering(handlers[signal.SIGTERM], signal.SIGTERM):
         with monkeypatch.context() as patch:
             patch.setattr(_interrupts, "signal", SimpleNamespace(getsignal=signal.getsignal, signal=exchange))
             with pytest.raises(SystemExit), _interrupts.held():
                 pass
-        assert [signal.getsignal(number) for number in numbers] == handlers
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_the_handler_of_the_program_is_called_once_and_stays() -> None:
     heard = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
+    with answering(lambda number, frame: heard.append(number), signal.SIGINT):
         handler = signal.getsignal(signal.SIGINT)
         with _interrupts.held(), _interrupts.held():
             signal.raise_signal(signal.SIGINT)
@@ -280,18 +278,12 @@ def test_the_handler_of_the_program_is_called_once_and_stays() -> None:
             assert not heard
         assert heard == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("ignoring", [signal.SIG_IGN, signal.SIG_DFL])
 def test_what_python_does_not_handle_is_left_alone(ignoring: signal.Handlers) -> None:
-    before = signal.signal(signal.SIGINT, ignoring)
-    try:
-        with _interrupts.held():
-            assert signal.getsignal(signal.SIGINT) is ignoring
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with answering(ignoring, signal.SIGINT), _interrupts.held():
+        assert signal.getsignal(signal.SIGINT) is ignoring
 
 
 def test_threads_that_hear_of_no_signals_step_as_well() -> None:

@@ -42,9 +42,11 @@ class TerminalTable:
             return
         rest = self.records
         while rest:
-            turned = next(each for each in self._turned_ones(rest) if _fits(each, console, options))
+            count = len(rest)
+            while not _fits(turned := self._turned(rest[:count]), console, options) and count > 1:
+                count -= 1
             yield turned
-            rest = rest[len(turned.columns) - 1 :]
+            rest = rest[count:]
 
     def _upright(self) -> Table:
         from rich.table import Table
@@ -55,11 +57,6 @@ class TerminalTable:
         for record in self.records:
             table.add_row(*(_cell(column, record) for column in self.columns))
         return table
-
-    def _turned_ones(self, records: Sequence[Record]) -> Iterator[Table]:
-        """Yield tables of ever fewer of some records, from the first on."""
-        for count in range(len(records), 0, -1):
-            yield self._turned(records[:count])
 
     def _turned(self, records: Sequence[Record]) -> Table:
         from rich.table import Table
@@ -83,6 +80,6 @@ def _cell(column: Column, record: Record) -> Text:
 
 
 def _fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
-    """Whether each line of a table can be one line of the terminal, or it has one record: narrower it does not get."""
+    """Whether each line of a table can be one line of the terminal."""
     unlimited = options.update(max_width=_UNLIMITED)
-    return table.__rich_measure__(console, unlimited).maximum <= options.max_width or len(table.columns) == 2
+    return table.__rich_measure__(console, unlimited).maximum <= options.max_width
