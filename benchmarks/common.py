@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparseadam.bench.arguments import HelpWithDefaults
 from sparseadam.bench.cli import require
 from sparseadam.bench.errors import BenchError
 from sparseadam.bench.machine import available_bytes
@@ -47,7 +48,7 @@ def add_rounds_flag(parser: argparse.ArgumentParser) -> None:
 
 def run(script: Script) -> int:
     """Measure, show and write; return the exit code."""
-    parser = argparse.ArgumentParser(description=script.title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=script.title, formatter_class=HelpWithDefaults)
     parser.add_argument("--json", type=Path, default=RESULTS / f"{script.name}.jsonl", help="where JSON lines go")
     script.add_flags(parser)
     options = parser.parse_args()

@@ -1386,13 +1386,15 @@ def test_what_would_write_a_whole_table_or_resize_a_file_is_refused(tmp_path: Pa
     training = Training(tmp_path)
     training.step(1)
     before = snapshot(training.optimizer)
-    with pytest.raises(RuntimeError, match="is for tables and moments in memory"):
+    for _ in range(2):  # with a gradient, which is not what is wrong, and without
+        with pytest.raises(RuntimeError, match="is for tables and moments in memory"):
+            training.optimizer.resize(training.table, 600)
         training.optimizer.zero_grad()
-        training.optimizer.resize(training.table, 600)
-    training.optimizer.param_groups[0]["dense_gradients"] = "adam"
     training.table.grad = torch.zeros(NUM_ROWS, DIM)
-    with pytest.raises(RuntimeError, match=r"is dense, and a step would write all of the table in .*a.table"):
-        training.optimizer.step()
+    for dense_gradients in ("error", "adam"):  # neither of which would do
+        training.optimizer.param_groups[0]["dense_gradients"] = dense_gradients
+        with pytest.raises(RuntimeError, match=r"is dense, and a step would write all of the table in .*a.table"):
+            training.optimizer.step()
     training.optimizer.param_groups[0]["dense_gradients"] = "error"
     assert snapshot(training.optimizer) == before
 

@@ -723,7 +723,7 @@ def test_rows_outside_are_refused_where_none_can_be_behind_too(backend: str, mis
     table = nn.Parameter(torch.zeros(5, 2))
     optimizer = SparseAdam([table], missed_steps=missed_steps, backend=backend)
     optimizer.catch_up(table, torch.tensor([4, 9]))
-    with pytest.raises(IndexError, match="row 10 is outside the 10 rows of group 0, parameter 0"):
+    with pytest.raises(IndexError, match="row 10 is outside the at most 10 rows of group 0, parameter 0"):
         optimizer.catch_up(table, torch.tensor([4, 10]))
     give_gradient(table, torch.tensor([1]), torch.ones(1, 2))
     optimizer.step()

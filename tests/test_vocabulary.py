@@ -342,7 +342,7 @@ def test_rows_without_elements_can_be_named_before_their_first_gradient(backend:
     optimizer = SparseAdam([table], missed_steps="replay", backend=backend)
     for call in (optimizer.forget, optimizer.catch_up):
         call(table, torch.tensor([4]))
-        with pytest.raises(IndexError, match="row 5 is outside the 5 rows"):
+        with pytest.raises(IndexError, match="row 5 is outside the at most 5 rows"):
             call(table, torch.tensor([5]))
 
 

@@ -9,7 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..command_line import HelpWithDefaults, RecipeError, check_writable, exit_code, whole_number
+from sparseadam.bench.arguments import HelpWithDefaults, whole_number
+
+from ..command_line import RecipeError, check_writable, exit_code
 from ..word_vectors.cli import WORDNET, build_batches
 from ..word_vectors.cli import parse_arguments as parse_word_vector_arguments
 from ..word_vectors.corpus import read_corpus

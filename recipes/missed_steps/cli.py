@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sparseadam.bench.arguments import whole_number
 from sparseadam.bench.report import origin
 
-from ..command_line import RecipeError, check_writable, exit_code, whole_number
+from ..command_line import RecipeError, check_writable, exit_code
 from .measure import measure
 from .methods import DENSE
 from .pictures import draw

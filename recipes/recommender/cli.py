@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..command_line import HelpWithDefaults, exit_code, whole_number
+from sparseadam.bench.arguments import HelpWithDefaults, whole_number
+
+from ..command_line import exit_code
 from ..word_vectors.training import OPTIMIZERS, build_optimizer, moment_bytes
 from .model import Factors
 from .purchases import Batches, Purchases, read_purchases

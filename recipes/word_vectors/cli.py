@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..command_line import HelpWithDefaults, RecipeError, check_writable, exit_code, whole_number
+from sparseadam.bench.arguments import HelpWithDefaults, whole_number
+
+from ..command_line import RecipeError, check_writable, exit_code
 from .comparison import WARM_UP_ROUNDS, Comparison, compare_optimizers
 from .corpus import BatchStream, Corpus, read_corpus
 from .model import SkipGram

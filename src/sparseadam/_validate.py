@@ -513,22 +513,22 @@ def check_rows(rows: object, place: Place | str) -> None:
         raise TypeError(f"rows of {place} must be a one-dimensional torch.int64 tensor, got {found}.")
 
 
-def check_row_range(rows: Tensor, num_rows: int, place: Place | str) -> None:
-    """Refuse rows outside a table.
+def check_row_range(rows: Tensor, num_rows: int, place: Place | str, *, is_known: bool = True) -> None:
+    """Refuse rows outside a table, of which it may be unknown how many of at most ``num_rows`` it has.
 
     Raises:
         IndexError: naming the first one.
     """
     if bool(((rows < 0) | (rows >= num_rows)).any()):
-        raise row_range_error(rows, num_rows, place)
+        raise row_range_error(rows, num_rows, place, is_known=is_known)
 
 
-def row_range_error(rows: Tensor, num_rows: int, place: Place | str) -> IndexError:
+def row_range_error(rows: Tensor, num_rows: int, place: Place | str, *, is_known: bool = True) -> IndexError:
     """Make the error for rows of which at least one is outside a table."""
     first = rows[(rows < 0) | (rows >= num_rows)][0]
     return IndexError(
-        f"row {int(first)} is outside the {num_rows} rows of {place}, numbered from 0. Nothing was changed. Check the "
-        "row numbers, or build the table with more rows."
+        f"row {int(first)} is outside the {'' if is_known else 'at most '}{num_rows} rows of {place}, numbered from 0. "
+        "Nothing was changed. Check the row numbers, or build the table with more rows."
     )
 
 
@@ -780,8 +780,9 @@ def behind_error(place: Place, rows: Sequence[int]) -> RuntimeError:
         f"the gradient of {place} names rows that are behind, first {named}: missed_steps='replay', and they were not "
         "brought up to date since the last step, so the gradient is that of old weights. Nothing was changed. Call "
         "optimizer.attach(model) before training, which does it whenever nn.Embedding or nn.EmbeddingBag looks rows "
-        "up, or optimizer.catch_up(param, rows) before your own module reads them. Rows that other replicas of a model "
-        "have read, which DistributedDataParallel adds to the gradient: catch up on all of its rows before step()."
+        "up (and torch.compiler.reset() where it has been compiled before), or optimizer.catch_up(param, rows) before "
+        "your own module reads them. Rows that other replicas of a model have read, which DistributedDataParallel adds "
+        "to the gradient: catch up on all of its rows before step()."
     )
 
 
@@ -942,7 +943,8 @@ def disk_full_error(path: str, num_bytes: int, error: OSError) -> OSError:
     return OSError(
         error.errno,
         f"no room for {num_bytes} more bytes of {path!r}: {error.strerror}. Nothing was changed. Make room on that "
-        "disk, and take the step again; checkpoint() removes the log of what was written since the last one.",
+        "disk, and take the step again; checkpoint() removes the log of what was written since the last one, if there "
+        "is room for what it writes itself.",
     )
 
 

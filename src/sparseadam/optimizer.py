@@ -174,11 +174,11 @@ class SparseAdam(torch.optim.Optimizer):
 
     State:
         ``state[table]`` maps ``step`` (int), ``rows`` ``[num_slots]`` int64, and ``exp_avg`` and ``exp_avg_sq``
-        ``[num_slots, *row_shape]`` in the table's dtype (float32 for half-precision tables). A slot belongs to the row
-        that ``rows`` names. Options add ``max_exp_avg_sq``, ``row_steps`` (int32), ``paid_log_decay`` (float64) with
-        ``log_decay``, ``exp_avg_scale`` and ``exp_avg_sq_scale`` (float32), ``moment_steps`` and ``weight_steps``
-        (int32), and ``num_skipped``;
-        ``sparseadam.moments.Moments`` describes them.
+        ``[num_slots, *row_shape]`` in the table's dtype (float32 for half-precision tables), or in ``moment_dtype``;
+        with ``second_moment="row"`` ``exp_avg_sq`` is ``[num_slots]``. A slot belongs to the row that ``rows`` names.
+        Options add ``max_exp_avg_sq``, ``row_steps`` (int32), ``paid_log_decay`` (float64) with ``log_decay``,
+        ``exp_avg_scale`` and ``exp_avg_sq_scale`` (float32), ``moment_steps`` and ``weight_steps`` (int32), and
+        ``num_skipped``; ``sparseadam.moments.Moments`` describes them.
 
         After a dense gradient it is the dict that :class:`torch.optim.AdamW` keeps: ``step`` (float32, without
         dimensions), ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad``, ``max_exp_avg_sq``, each of the parameter's
@@ -580,6 +580,9 @@ class SparseAdam(torch.optim.Optimizer):
                     continue
                 seen.add(id(table))
                 place = Place(group, group_index, position)
+                mapped = mapped_table.find(table) if grad.layout is torch.strided else None
+                if mapped is not None:
+                    raise _validate.mapped_dense_error(place, mapped.path)
                 if dense.is_dense(grad, options[group_index]):
                     dense_updates.append(self._check_dense(table, grad, place, options[group_index]))
                     continue
@@ -599,9 +602,6 @@ class SparseAdam(torch.optim.Optimizer):
         return updates, dense_updates
 
     def _check_dense(self, parameter: Tensor, grad: Tensor, place: Place, options: GroupOptions) -> DenseUpdate:
-        mapped = mapped_table.find(parameter)
-        if mapped is not None:
-            raise _validate.mapped_dense_error(place, mapped.path)
         state = self.state.get(parameter)
         if isinstance(state, Moments):
             state = self._fitting_moments(parameter, state.sparse_dim, place, options)
@@ -699,7 +699,8 @@ class SparseAdam(torch.optim.Optimizer):
         """
         place = self._place_of(param)
         if not self._catch_up(place, param, rows):
-            _validate.check_row_range(rows, _most_rows(param, self.state.get(param)), place)
+            kept = self.state.get(param)
+            _validate.check_row_range(rows, _most_rows(param, kept), place, is_known=bool(kept))
 
     def _catch_up_if_own(self, table: Tensor, rows: Tensor) -> None:
         """Catch up on rows that a module announces; it may read tables of others as well."""
@@ -802,7 +803,7 @@ class SparseAdam(torch.optim.Optimizer):
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
         _validate.check_rows(rows, place)
-        _validate.check_row_range(rows, _most_rows(param, kept), place)
+        _validate.check_row_range(rows, _most_rows(param, kept), place, is_known=bool(kept))
         if isinstance(kept, Moments):
             rows = torch.unique(rows.to(kept.device))
             if kept.history is not None:
@@ -836,9 +837,9 @@ class SparseAdam(torch.optim.Optimizer):
                 gradients had no sparse dimension, under an option that does not let the table be taken apart.
         """
         place = self._place_of(param)
-        _validate.check_resize(param, num_rows, place)
         if self._is_in_files(param):
             raise _validate.resize_files_error(place)
+        _validate.check_resize(param, num_rows, place)
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
         if isinstance(kept, Moments) and kept.sparse_dim == 0:  # its one row is the whole table, which is to change
@@ -944,12 +945,13 @@ class SparseAdam(torch.optim.Optimizer):
     @_in_turn
     @_outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, of :class:`torch.optim.SparseAdam`, Adam or AdamW.
+        """Load a state dict of this class, of :class:`torch.optim.SparseAdam`, Adam (without weight decay) or AdamW.
 
         Options that a checkpoint of PyTorch's lacks keep their present values. It does not say which parameters are
         tables: with ``dense_gradients="adam"`` its moments stay dense until a sparse gradient comes. Nor does it say
         how ``weight_decay`` reaches rows without a gradient: as in AdamW with ``weight_decay_mode="exact"`` or
-        ``missed_steps="replay"`` only, which are this optimizer's own options.
+        ``missed_steps="replay"`` only, which are this optimizer's own options. PyTorch's moments are refused where
+        they are kept otherwise: with ``moment_dtype``, ``second_moment="row"`` or ``bias_correction="row"``.
 
         Args:
             state_dict: what :meth:`state_dict` returned. It is copied.

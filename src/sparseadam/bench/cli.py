@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from .._validate import TABLE_DTYPES
+from .arguments import whole_number
 from .cases import CASES, Case, case_named, row_source
 from .errors import BenchError, UsageError
 from .machine import facts
@@ -91,18 +92,25 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="where the tables are, and all that is compared; cuda is PyTorch's name for ROCm devices too (default: "
         "cpu, for which alone aims are shown)",
     )
-    parser.add_argument("--threads", type=_whole(1, 1024), help="threads of torch, which are ours (default: torch's)")
+    parser.add_argument(
+        "--threads", type=whole_number(1, 1024), help="threads of torch, which are ours (default: torch's)"
+    )
     rounds = f"rounds a case (default: what {SECONDS_PER_CASE} seconds allow)"
-    parser.add_argument("--rounds", type=_whole(1, 100_000), help=rounds)
+    parser.add_argument("--rounds", type=whole_number(1, 100_000), help=rounds)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a case")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the same as CSV")
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help="draw a plot")
     own = parser.add_argument_group("your own case", "any of these measures a case of your own instead of the table")
     add = own.add_argument
-    add("--tables", type=_whole(1, 10_000), metavar="N", help=f"tables stepped at once (default: {_OWN['tables']})")
-    add("--rows", type=_whole(1, 2**40), metavar="N", help=f"rows of each (default: {_OWN['rows']})")
-    add("--dim", type=_whole(1, 2**24), metavar="N", help=f"elements of a row (default: {_OWN['dim']})")
-    add("--lookups", type=_whole(1, 2**31), metavar="N", help=f"lookups into each (default: {_OWN['lookups']})")
+    add(
+        "--tables",
+        type=whole_number(1, 10_000),
+        metavar="N",
+        help=f"tables stepped at once (default: {_OWN['tables']})",
+    )
+    add("--rows", type=whole_number(1, 2**40), metavar="N", help=f"rows of each (default: {_OWN['rows']})")
+    add("--dim", type=whole_number(1, 2**24), metavar="N", help=f"elements of a row (default: {_OWN['dim']})")
+    add("--lookups", type=whole_number(1, 2**31), metavar="N", help=f"lookups into each (default: {_OWN['lookups']})")
     add("--dtype", choices=_DTYPES, help=f"of the tables (default: {_OWN['dtype']})")
     add(
         "--distribution",
@@ -111,19 +119,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "by white space, taken in order, by every table from the start and at the end from the start again "
         f"(default: {_OWN['distribution']})",
     )
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} does not lie in [{low}, {high}]")
-        return value
-
-    return parse
 
 
 def _png(text: str) -> Path:

@@ -40,7 +40,7 @@ def save_checkpoint(
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a model and its optimizer to ``folder/step-<step>``, wholly or not at all; every rank must call it.
+    """Write a model and its optimizer to a new folder in ``folder``, wholly or not at all; every rank must call it.
 
     All is written to a folder of another name, which is renamed when every rank has written its part and the disk has
     it. What a save leaves that was cut short is never loaded, and the next one removes it. Earlier checkpoints stay.
@@ -55,7 +55,7 @@ def save_checkpoint(
         process_group: the ranks that save together; None for all, or for a process that is alone.
 
     Returns:
-        The folder of this checkpoint.
+        The folder of this checkpoint: of step 20 it is ``step-000000000020``.
 
     Raises:
         TypeError: ``step`` is not an int.
