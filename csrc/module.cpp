@@ -149,9 +149,9 @@ std::optional<FaultTuple> run_step(const std::vector<StepTuple>& tuples, const s
   return std::nullopt;
 }
 
-std::optional<int64_t> run_catch_up(const Table& table, uintptr_t rows, int64_t num_rows_read, int64_t num_slots,
-                                    const HistoryTuple& history, uint64_t seed, const std::string& instruction_set,
-                                    int num_threads) {
+bool run_catch_up(const Table& table, uintptr_t rows, int64_t num_rows_read, const Counters& counters,
+                  const HistoryTuple& history, uint64_t seed, const std::string& instruction_set, int num_threads) {
+  int64_t& num_slots = at_address<int64_t>(counters.first)[1];
   RowsRead read{&table, at_address<const int64_t>(rows), num_rows_read, make_history(history), seed, num_slots};
   const InstructionSet chosen = by_name(kInstructionSets, instruction_set);
   BadIndex bad;
@@ -159,8 +159,9 @@ std::optional<int64_t> run_catch_up(const Table& table, uintptr_t rows, int64_t 
     const nb::gil_scoped_release release;
     bad = catch_up(read, chosen, num_threads);
   }
-  if (bad.lookup >= 0) return std::nullopt;
-  return read.num_slots;
+  if (bad.lookup >= 0) return false;
+  num_slots = read.num_slots;  // before Python can answer a signal: rows have these slots already
+  return true;
 }
 
 std::unique_ptr<Coalescing> make_coalescing(uintptr_t indices, const std::vector<int64_t>& sparse_shape,
@@ -243,9 +244,9 @@ NB_MODULE(_native, m) {
                            "of the rows last read.")
       .def(nb::init<>());
   m.def("catch_up", &run_catch_up, nb::kw_only(), nb::arg("table"), nb::arg("rows"), nb::arg("num_rows_read"),
-        nb::arg("num_slots"), nb::arg("history"), nb::arg("seed"), nb::arg("instruction_set"), nb::arg("num_threads"),
-        "Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the\n"
-        "table.");
+        nb::arg("counters"), nb::arg("history"), nb::arg("seed"), nb::arg("instruction_set"), nb::arg("num_threads"),
+        "Move the rows that are behind, and count the slots that some may have got; or none of them. Returns whether\n"
+        "all rows are inside the table.");
   nb::class_<Coalescing>(m, "Coalescing", "The rows of a gradient's lookups, sorted, which are not kept alive.")
       .def(nb::new_(&make_coalescing), nb::kw_only(), nb::arg("indices"), nb::arg("sparse_shape"),
            nb::arg("num_lookups"), nb::arg("num_threads"))

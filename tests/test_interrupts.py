@@ -55,6 +55,11 @@ def interrupting(write: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def interrupting_writes(rows_to_write: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+    """Return the same whose writes are followed by a Ctrl-C."""
+    return lambda *arguments: interrupting(rows_to_write(*arguments))
+
+
 @contextmanager
 def answering(handler: Any, *numbers: int) -> Iterator[None]:
     """Have a handler for some signals."""
@@ -107,7 +112,7 @@ def test_ctrl_c_waits_until_rows_and_their_state_agree(act: str, options: str, m
     expected, got = trained(OPTIONS[options]), trained(OPTIONS[options])
     ACTS[act](*expected)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference, "_write_table", interrupting(reference._write_table))
+        patch.setattr(reference, "_rows_to_write", interrupting_writes(reference._rows_to_write))
         ACTS[act](*got)
     assert snapshot(got[1]) == snapshot(expected[1])
 
@@ -128,7 +133,7 @@ def test_ctrl_c_waits_until_dense_parameters_are_stepped_too(monkeypatch: pytest
     expected, got = with_dense("reference"), with_dense("reference")
     expected.step()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference, "_write_table", interrupting(reference._write_table))
+        patch.setattr(reference, "_rows_to_write", interrupting_writes(reference._rows_to_write))
         got.step()
     assert snapshot(got) == snapshot(expected)
 
@@ -174,6 +179,49 @@ def test_ctrl_c_during_a_steady_step_finds_its_writes_reported() -> None:
         assert (last.item() != before[0]) == (table._version > before[1])
 
 
+@pytest.mark.skipif(native.module() is None, reason="of the native backend")
+def test_ctrl_c_while_native_code_gives_rows_slots_finds_them_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were read next got the same slots."""
+    table = nn.Parameter(torch.ones(ROWS, WIDTH))
+    optimizer = SparseAdam([table], lr=0.1, backend="native", **OPTIONS["replay"])
+    table.grad = coo(torch.arange(3), torch.ones(3, WIDTH), table.shape)
+    optimizer.step()
+    module = native.module()
+
+    class Interrupted:
+        """The module whose ``catch_up`` a Ctrl-C comes in."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(module, name)
+
+        def catch_up(self, **arguments: Any) -> Any:
+            done = module.catch_up(**arguments)
+            signal.raise_signal(signal.SIGINT)
+            return done
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(native, "_module", Interrupted)
+        optimizer.catch_up(table, torch.arange(2, 9))
+    assert optimizer.state[table]["rows"].tolist() == list(range(9))
+    optimizer.flush()
+    assert torch.allclose(table[3:], torch.tensor(1 - 0.1 * 0.1))
+
+
+@needs_steady_steps
+def test_ctrl_c_in_a_steady_step_leaves_autograd_its_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came as the step left them out left them out for all that the thread did afterwards."""
+    table = nn.Parameter(torch.ones(ROWS, WIDTH))
+    optimizer = SparseAdam([table], lr=0.1)
+    table.grad = coo(torch.arange(3), torch.ones(3, WIDTH), table.shape)
+    optimizer.step()
+    views = torch._C.DispatchKey.ADInplaceOrView
+    exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", interrupting(exclude))
+        optimizer.step()
+    assert not torch._C._dispatch_tls_is_dispatch_key_excluded(views)
+
+
 def test_ctrl_c_takes_effect_between_two_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = [nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(2)]
     optimizer = SparseAdam(tables, lr=0.1, backend="reference", **OPTIONS["exact"])
@@ -182,7 +230,7 @@ def test_ctrl_c_takes_effect_between_two_tables(monkeypatch: pytest.MonkeyPatch)
     optimizer.step()
     before = [table.detach().clone() for table in tables]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference, "_write_table", interrupting(reference._write_table))
+        patch.setattr(reference, "_rows_to_write", interrupting_writes(reference._rows_to_write))
         optimizer.flush()
     assert torch.allclose(tables[0][2:], before[0][2:] * (1 - 0.1 * 0.1))
     assert torch.equal(tables[1], before[1])

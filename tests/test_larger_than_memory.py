@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -737,6 +740,105 @@ def test_rounding_goes_on_with_the_seed_of_the_commit(tmp_path: Path) -> None:
         step(memory)
         step(files)
     assert snapshot(files) == snapshot(memory)
+
+
+# Interrupts -----------------------------------------------------------------------------------------
+
+
+def is_interrupted_at(line: int, act: Callable[[], Any]) -> bool:
+    """Have a Ctrl-C come at a line that moments in files execute; return whether there were so many."""
+    num_lines = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal num_lines
+        if not frame.f_code.co_filename.endswith("moment_directory.py"):
+            return None
+        if event == "line":
+            num_lines += 1
+            if num_lines == line:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.settrace(trace)
+    try:
+        with suppress(KeyboardInterrupt):
+            act()
+    finally:
+        sys.settrace(before[0])
+        signal.signal(signal.SIGINT, before[1])
+    return num_lines >= line
+
+
+@pytest.fixture
+def quick_to_collect() -> Iterator[None]:
+    """What there was before the test is not looked at, each time that something is to be gone."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of a file that was just opened
+@pytest.mark.parametrize("act", ["checkpoint", "step"])
+def test_a_run_that_was_interrupted_and_went_on_comes_back_to_its_commit(
+    tmp_path: Path, act: str, quick_to_collect: None
+) -> None:
+    """Rows were written that the log of the commit did not have, and came back as they had been last."""
+    line, was_interrupted = 0, True
+    while was_interrupted:
+        line += 1
+        place = tmp_path / str(line)
+        place.mkdir()
+        training = Training(place)
+        training.step(2)
+        training.optimizer.checkpoint()
+        if act == "checkpoint":
+            training.step()
+            was_interrupted = is_interrupted_at(line, training.optimizer.checkpoint)
+            training.step(2)
+        else:
+            was_interrupted = is_interrupted_at(line, training.step)
+            training.step(3 - training.num_steps)
+        del training
+        gc.collect()
+        training = Training(place)
+        assert training.num_steps in ([2, 3] if act == "checkpoint" else [2]), line
+        assert training.everything() == in_memory(training.num_steps), line
+        del training
+        gc.collect()
+    assert line > 20
+
+
+def test_a_commit_that_finds_no_memory_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged was told too late for which memory had to be found, and rows were then logged no more."""
+    reserved = Bits.reserved
+    for number in range(3):
+        place = tmp_path / str(number)
+        place.mkdir()
+        training = Training(place)
+        training.step(2)
+        training.optimizer.checkpoint()
+        training.step()
+        with monkeypatch.context() as patch:
+            calls = itertools.count()
+
+            def refuse(num_bits: int, calls: Iterator[int] = calls, number: int = number) -> Any:
+                if next(calls) == number:
+                    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+                return reserved(num_bits)
+
+            patch.setattr(Bits, "reserved", refuse)
+            with suppress(OSError):
+                training.optimizer.checkpoint()
+        training.step(2)
+        del training
+        gc.collect()
+        training = Training(place)
+        assert training.num_steps == (2 if number < 2 else 3)
+        assert training.everything() == in_memory(training.num_steps)
+        del training
+        gc.collect()
 
 
 # A disk that is full, and other refusals of the system --------------------------------------------

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -743,6 +744,32 @@ def test_moments_that_grow_have_room_for_rows_that_only_decay(backend: str, monk
     reserved, growing = settings
     assert isinstance(growing.optimizer.state[growing.table].memory, _memory.GrowingMemory)
     assert snapshot(growing.optimizer) == snapshot(reserved.optimizer)
+
+
+@pytest.mark.parametrize("num_parts_grown", range(5))
+def test_moments_that_found_no_memory_to_grow_are_used_where_they_are(
+    backend: str, num_parts_grown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of them had moved by then, and native code went on with the memory where they had been."""
+    settings = []
+    for memory in (_memory.ReservedMemory, lambda rows, parts: _memory.GrowingMemory(rows, parts, torch.device("cpu"))):
+        monkeypatch.setattr(_memory, "ReservedMemory", memory)
+        settings.append(behind(backend, weight_decay=0.1))
+    undisturbed, growing = settings
+    larger = itertools.chain([_memory._enlarged] * num_parts_grown, [refuse_memory])
+    rows = torch.arange(20)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(_memory, "_enlarged", lambda *arguments: next(larger)(*arguments))
+        growing.optimizer.catch_up(growing.table, rows)
+    assert growing.optimizer.state[growing.table].native_table is None
+    for setting in settings:
+        setting.optimizer.catch_up(setting.table, rows)
+    assert snapshot(growing.optimizer) == snapshot(undisturbed.optimizer)
+
+
+def refuse_memory(*_: Any) -> Tensor:
+    """Have none."""
+    raise torch.OutOfMemoryError("out of memory")
 
 
 @needs_native

@@ -40,10 +40,10 @@ class HistoryCache:
 
     def __init__(self) -> None: ...
 
-def catch_up(*, table: Table, rows: int, num_rows_read: int, num_slots: int, history: tuple[int, int, int, HistoryCache], seed: int, instruction_set: str, num_threads: int) -> int | None:
+def catch_up(*, table: Table, rows: int, num_rows_read: int, counters: tuple[int, int], history: tuple[int, int, int, HistoryCache], seed: int, instruction_set: str, num_threads: int) -> bool:
     """
-    Move the rows that are behind, or none. Returns the slots then in use, or None where a row is outside the
-    table.
+    Move the rows that are behind, and count the slots that some may have got; or none of them. Returns whether
+    all rows are inside the table.
     """
 
 class Coalescing:

@@ -19,14 +19,14 @@ import re
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _validate, mapped_table
+from . import _interrupts, _validate, mapped_table
 from ._mapped_file import Bits, MappedFile, check_platform, locked
 from ._memory import Part, ReservedMemory, SlotArray, index_dtype
 from ._validate import SEED, Place
@@ -173,10 +173,14 @@ class FileMemory(ReservedMemory):
         for file in self._files.values():
             file.sync()
 
-    def commit(self, num_slots: int) -> None:
-        """Take note of a commit with so many slots."""
-        self.num_committed = num_slots
-        self.is_logged = Bits.reserved(self._num_rows)
+    def commit(self, num_slots: int) -> Callable[[], None]:
+        """Return what takes note of a commit with so many slots; it needs no memory."""
+        none_logged = Bits.reserved(self._num_rows)
+
+        def note() -> None:
+            self.num_committed, self.is_logged = num_slots, none_logged
+
+        return note
 
 
 class _FileArray:
@@ -201,10 +205,14 @@ class _Table:
         self.is_pending = is_pending
         self.is_logged = Bits.reserved(mapped.num_rows)
 
-    def commit(self) -> None:
-        """Take note of a commit."""
-        self.is_logged = Bits.reserved(self.mapped.num_rows)
-        self.mapped.is_written = False
+    def commit(self) -> Callable[[], None]:
+        """Return what takes note of a commit; it needs no memory."""
+        none_logged = Bits.reserved(self.mapped.num_rows)
+
+        def note() -> None:
+            self.is_logged, self.mapped.is_written = none_logged, False
+
+        return note
 
 
 class MomentDirectory:
@@ -467,9 +475,9 @@ class MomentDirectory:
         new = rows[~table.is_logged.are_set(rows)]
         if len(new) > 0:
             assert self._log is not None
+            table.mapped.is_written = True  # first: an entry that is there, and said not to be, would not be taken back
             self._log.append(table.mapped.records(table.number), new)
             table.is_logged.set(new)
-            table.mapped.is_written = True
 
     def before_forgetting(self, moments: Moments, rows: Tensor) -> None:
         """Have in the log what ``moments.forget(rows)`` will write.
@@ -567,27 +575,33 @@ class MomentDirectory:
                 sync_directory(memory.directory)
         number = self._commit + 1
         self._write_values(number, kept)
+        # From here on what is written belongs to one commit or the other, and what is logged must belong to the same.
+        with _interrupts.held():
+            self._replace_commit(number, kept)
+        self._sweep(kept)
+
+    def _replace_commit(self, number: int, kept: Sequence[Kept]) -> None:
         # Names in a directory are on the disk in the order they were made: that of commit.json comes last.
         log = UndoLog(self.path, number)
         try:
+            # What there may be no memory for comes before the commit, too.
+            notes = [table.commit() for table in self._tables.values()]
+            notes += [memory.commit(moments.num_slots) for memory, moments in _memories(kept)]
             write_commit(self.path, self._describe(number, kept))
-        finally:  # what follows the replacement may fail or be interrupted, and what was committed stays so
+        finally:  # what follows the replacement may fail, and what was committed stays so
             content = read_commit(self.path)
             if content is not None and content["commit"] == number:
-                self._enter(number, log, kept)
+                self._enter(number, log, notes)
             else:
                 log.close()
 
-    def _enter(self, number: int, log: UndoLog, kept: Sequence[Kept]) -> None:
+    def _enter(self, number: int, log: UndoLog, notes: Sequence[Callable[[], None]]) -> None:
         self._commit = number
         if self._log is not None:
             self._log.close()
         self._log = log
-        for table in self._tables.values():
-            table.commit()
-        for memory, moments in _memories(kept):
-            memory.commit(moments.num_slots)
-        self._sweep(kept)
+        for note in notes:
+            note()
 
     def _write_values(self, number: int, kept: Sequence[Kept]) -> None:
         """Save what is kept in memory."""

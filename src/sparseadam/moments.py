@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import _interrupts, rounding
 from ._device_counts import DeviceCounts
 from ._memory import IndexedMemory, Part, SlotMemory, index_dtype, slot_memory, zeros
 from .history import LOG_BETA1, LOG_BETA2, History
@@ -268,8 +269,9 @@ class Moments(MutableMapping[str, Any]):
         """Make room for ``num_slots`` slots, of which no table has more than it has rows."""
         num_slots = min(num_slots, self.num_rows)
         if num_slots > self._memory.capacity:
-            self._memory.grow(num_slots)
-            self.native_table = None
+            self.native_table = None  # first: growing may fail when some of what it points at has moved
+            with _interrupts.held():
+                self._memory.grow(num_slots)
 
     def make_room(self, num_lookups: int) -> None:
         """Make room for the rows of a step that counts them on the device, waiting for it only if there may be none."""
@@ -293,8 +295,24 @@ class Moments(MutableMapping[str, Any]):
         """Return what is kept for the first ``num_slots`` slots there is room for, used or not, by name."""
         return self._memory.all_parts(num_slots)
 
-    def claim_slots(self, rows: Tensor) -> Tensor:
-        """Return the slot of each of ``rows`` (distinct, ascending, inside the table), giving new ones where needed."""
+    @contextmanager
+    def claimed_slots(self, rows: Tensor) -> Iterator[Tensor]:
+        """Give the slot of each of ``rows`` (distinct, ascending, inside the table), new ones where needed.
+
+        They are kept unless what they are for raises, which has written nothing then.
+        """
+        first = self.num_slots
+        slots, new_rows = self._claim_slots(rows)
+        try:
+            yield slots
+        except BaseException:
+            self.rows[first:].zero_()
+            self.slot_of_row.index_fill_(0, new_rows, 0)
+            self.num_slots = first
+            raise
+
+    def _claim_slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slots of rows, and which of these had none before."""
         slots = self.slot_of_row[rows].to(torch.int64) - 1
         is_new = slots < 0
         new_rows = rows[is_new]
@@ -307,7 +325,7 @@ class Moments(MutableMapping[str, Any]):
         self.num_slots = num_slots
         self.slot_of_row[new_rows] = index
         self.rows[first:] = names
-        return slots
+        return slots, new_rows
 
     def names_of(self, rows: Tensor) -> Tensor:
         """Return what rows are called in ``rows`` and to random bits."""
@@ -385,29 +403,39 @@ class Moments(MutableMapping[str, Any]):
         """
         slots = self.slot_of_row[rows].to(torch.int64) - 1
         if self.layout.owes_decay or self.layout.replays:
-            self._clear(self.claim_slots(rows.sort().values))
+            with self.claimed_slots(rows.sort().values) as claimed:
+                self._clear(claimed)
             return
         self._give_back(slots[slots >= 0])
 
     def _clear(self, slots: Tensor) -> None:
-        for name, part in self.slot_parts().items():
-            if name == "paid_log_decay":
-                part[slots] = self.log_decay
-            elif name in CLOCKS:
-                part[slots] = self.step
-            elif name != "rows":
-                part[slots] = 0
+        clear: dict[str, float] = dict.fromkeys(self.slot_parts(), 0)
+        del clear["rows"]
+        clear |= {name: self.step for name in CLOCKS if name in clear}
+        if "paid_log_decay" in clear:
+            clear["paid_log_decay"] = self.log_decay
+        self.put(slots, clear)
 
     def _give_back(self, slots: Tensor) -> None:
         """Move the last slots to the places of those given back, whose memory is zero afterwards, as new slots' is."""
-        self.slot_of_row[self.rows[slots]] = 0
         num_left = self.num_slots - len(slots)
         tail = torch.arange(num_left, self.num_slots, device=self.device)
         movers, holes = tail[~torch.isin(tail, slots)], slots[slots < num_left]
-        for part in self.slot_parts().values():
-            part[holes] = part[movers]
-            part[num_left:] = 0
-        self.slot_of_row[self.rows[holes]] = (holes + 1).to(self.slot_of_row.dtype)
+        parts = self.slot_parts().values()
+        # Whatever takes memory comes before the first change, as there may be none left: a row without a slot whose
+        # slot is not free would get another one, of which there are no more than rows.
+        forgotten, moved = self.rows[slots], self.rows[movers]
+        index = (holes + 1).to(self.slot_of_row.dtype)
+        on_the_way = [torch.empty_like(part[: min(len(movers), ROWS_AT_ONCE)]) for part in parts]
+        for part, scratch in zip(parts, on_the_way, strict=True):
+            for begin in range(0, len(movers), ROWS_AT_ONCE):
+                piece = slice(begin, begin + ROWS_AT_ONCE)
+                carried = scratch[: len(movers[piece])]
+                torch.index_select(part, 0, movers[piece], out=carried)
+                part.index_copy_(0, holes[piece], carried)
+            part[num_left:].zero_()
+        self.slot_of_row.index_fill_(0, forgotten, 0)
+        self.slot_of_row.index_copy_(0, moved, index)
         self.num_slots = num_left
 
     def with_sparse_dim(self, sparse_dim: int) -> Moments:
@@ -433,7 +461,7 @@ class Moments(MutableMapping[str, Any]):
             return changed
         parts = self.num_rows // max(changed.num_rows, 1)
         whole = self.rows // max(parts, 1)
-        changed.claim_slots(torch.unique(whole))
+        changed._claim_slots(torch.unique(whole))
         slots = changed.slot_of_row[whole].to(torch.int64) - 1
         part_shape = (changed.num_slots, parts, *self.row_shape)
         for name in names:
@@ -490,20 +518,29 @@ class Moments(MutableMapping[str, Any]):
         flat = stored.reshape(len(slots), self.width)
         return decode(flat, self[f"{name}_scale"][slots]).to(self.dtype).reshape(stored.shape)
 
-    def write(self, name: str, slots: Tensor, values: Tensor, random: Tensor | None) -> None:
-        """Store a moment of some slots, rounded by ``random`` (int64 ``[len(slots), width]``) if it has fewer bits."""
-        part: Tensor = self[name]
-        if part.dtype is values.dtype:
-            part[slots] = values
-            return
+    def encoded(self, name: str, values: Tensor, random: Tensor | None) -> dict[str, Tensor]:
+        """Return what is stored of a moment of some slots, for ``put``: the parts of the state, by name.
+
+        Moments of fewer bits are rounded by ``random``, int64 ``[num_slots, width]``.
+        """
+        dtype = self[name].dtype
+        if dtype is values.dtype:
+            return {name: values}
         assert random is not None, "moments of fewer bits are stored by stochastic rounding"
-        flat = values.reshape(len(slots), self.width)
-        if part.dtype is torch.uint8:
-            encode = rounding.encode_exp_avg if name == "exp_avg" else rounding.encode_exp_avg_sq
-            flat, self[f"{name}_scale"][slots] = encode(flat, random)
-        else:
-            flat = rounding.round_stochastically(flat, random, part.dtype)
-        part[slots] = flat.reshape(values.shape)
+        flat = values.reshape(len(values), self.width)
+        if dtype is not torch.uint8:
+            return {name: rounding.round_stochastically(flat, random, dtype).reshape(values.shape)}
+        encode = rounding.encode_exp_avg if name == "exp_avg" else rounding.encode_exp_avg_sq
+        codes, scale = encode(flat, random)
+        return {name: codes.reshape(values.shape), f"{name}_scale": scale}
+
+    def put(self, slots: Tensor, parts: Mapping[str, Tensor | float]) -> None:
+        """Write parts of the state of some slots, which needs no memory: rows of a tensor each, or a number for all."""
+        for name, value in parts.items():
+            if isinstance(value, Tensor):
+                self[name].index_copy_(0, slots, value)
+            else:
+                self[name].index_fill_(0, slots, value)
 
     def to_dense(self) -> dict[str, Tensor]:
         """Return the moments by name as dense tensors of the table's shape, zero where no row was touched."""

@@ -153,19 +153,18 @@ def catch_up(read: RowsRead) -> None:
     assert history is not None, "only where missed steps are replayed"
     if history.log_decay != 0.0:  # rows without a slot may get one
         moments.grow(moments.num_slots + len(read.rows))
-    num_slots = _module().catch_up(
+    is_done = _module().catch_up(
         table=_handle_of(moments) if _has_handle(read) else _make_handle(read),
         rows=read.rows.data_ptr(),
         num_rows_read=len(read.rows),
-        num_slots=moments.num_slots,
+        counters=moments.counter_addresses,
         history=_history_tuple(moments),
         seed=read.seed,
         instruction_set=instruction_set(),
         num_threads=torch.get_num_threads(),
     )
-    if num_slots is None:
+    if not is_done:
         raise _validate.row_range_error(read.rows, moments.num_rows, read.place)
-    moments.num_slots = num_slots
 
 
 def _history_tuple(moments: Moments) -> tuple[int, int, int, object]:
@@ -278,8 +277,8 @@ class SteadyStep:
         # further table takes 1.4 us in place of 1.9, of which 0.25 come back where the gradient is freed.
         views = DispatchKey.ADInplaceOrView
         were_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded(views)
-        torch._C._dispatch_tls_set_dispatch_key_excluded(views, True)
         try:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(views, True)
             # What report_writes ends up calling, without a line of Python in which an interrupt could be raised.
             grads = self._native_step.run(
                 state, groups, scalars_at, torch._C._increment_version, instruction_set(), torch.get_num_threads()

@@ -126,14 +126,15 @@ def _update_table(update: RowUpdate, summed: SummedRows) -> None:
         is_finite = _is_finite(grad)
         num_skipped = len(rows) - int(is_finite.sum())
         rows, grad = rows[is_finite], grad[is_finite]
-    slots = moments.claim_slots(rows)
-    moments.num_skipped += num_skipped  # after what can find no memory
-    update_slots(update, slots, SummedRows(rows, grad))
+    with moments.claimed_slots(rows) as slots:
+        update_slots(update, slots, SummedRows(rows, grad))
+    moments.num_skipped += num_skipped
 
 
 def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
     """Update in place the touched rows of a table whose slots are known, and their moments.
 
+    Whatever takes memory comes before the first write: there may be none left, and then nothing has changed.
     No shape here depends on what a tensor holds, so the rule can be traced on the ``meta`` device.
 
     Args:
@@ -143,31 +144,42 @@ def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
     """
     moments, scalars = update.moments, update.scalars
     rows, grad = summed
-    step_size, root_scale = _row_corrections(moments, slots, scalars)
+    changed: dict[str, Tensor | float] = {}
+    step_size: float | Tensor = scalars.step_size
+    root_scale: float | Tensor = scalars.root_scale
+    if moments.layout.row_steps:
+        touches = moments["row_steps"][slots].to(torch.int64) + 1
+        touches = touches.clamp_(max=torch.iinfo(torch.int32).max)  # there both corrections are 1
+        changed["row_steps"] = touches.to(torch.int32)
+        step_size, root_scale = _row_corrections(moments, touches, scalars)
 
     exp_avg = moments.read("exp_avg", slots).mul_(scalars.beta1).add_(grad * scalars.one_minus_beta1)
     is_row_wise = moments.layout.one_exp_avg_sq_a_row
     square = _mean_square(grad) if is_row_wise else grad * grad
     exp_avg_sq = moments.read("exp_avg_sq", slots).mul_(scalars.beta2).add_(square.mul_(scalars.one_minus_beta2))
-    moments.write("exp_avg", slots, exp_avg, _bits_for(moments.layout, update, rows, rounding.EXP_AVG))
-    moments.write("exp_avg_sq", slots, exp_avg_sq, _bits_for(moments.layout, update, rows, rounding.EXP_AVG_SQ))
+    changed |= moments.encoded("exp_avg", exp_avg, _bits_for(moments.layout, update, rows, rounding.EXP_AVG))
+    changed |= moments.encoded("exp_avg_sq", exp_avg_sq, _bits_for(moments.layout, update, rows, rounding.EXP_AVG_SQ))
     if moments.layout.amsgrad:
         exp_avg_sq = torch.maximum(moments["max_exp_avg_sq"][slots], exp_avg_sq)
-        moments["max_exp_avg_sq"][slots] = exp_avg_sq
+        changed["max_exp_avg_sq"] = exp_avg_sq
 
     if moments.layout.replays:
         # Weights wait: catch_up moves them by this step and by those that the row misses then.
-        moments["moment_steps"][slots] = moments.step + 1
-        moments["weight_steps"][slots] = moments.step
+        changed |= {"moment_steps": moments.step + 1, "weight_steps": moments.step}
+        moments.put(slots, changed)
         return
 
     denom = _as_rows(exp_avg_sq, grad).sqrt().mul(root_scale).add_(scalars.eps)
-    change = exp_avg.mul_(step_size).div_(denom)
+    change = (exp_avg * step_size).div_(denom)
     decay = _row_decay(moments, slots, scalars)
+    if moments.layout.owes_decay:
+        changed["paid_log_decay"] = moments.log_decay + scalars.log_decay
     random = None
     if update.stochastic_rounding:
         random = _random_bits(update, rows, rounding.TABLE)
-    _write_table(update.table, moments, rows, lambda weights: _decayed(weights, decay) - change, random)
+    write_rows = _rows_to_write(update.table, moments, rows, lambda weights: _decayed(weights, decay) - change, random)
+    moments.put(slots, changed)
+    write_rows()
 
 
 def _mean_square(grad: Tensor) -> Tensor:
@@ -177,26 +189,20 @@ def _mean_square(grad: Tensor) -> Tensor:
     return square.reshape(len(grad), width).sum(1) / max(width, 1)
 
 
-def _row_corrections(moments: Moments, slots: Tensor, scalars: StepScalars) -> tuple[float | Tensor, float | Tensor]:
-    """Return ``step_size`` and ``root_scale``: the step's, or each row's by its own touches, which are counted here."""
-    if not moments.layout.row_steps:
-        return scalars.step_size, scalars.root_scale
-    row_steps = moments["row_steps"][slots].to(torch.int64) + 1
-    row_steps = row_steps.clamp_(max=torch.iinfo(torch.int32).max)  # there both corrections are 1
-    moments["row_steps"][slots] = row_steps.to(torch.int32)
-    touches = row_steps.to(torch.float64)
+def _row_corrections(moments: Moments, touches: Tensor, scalars: StepScalars) -> tuple[Tensor, Tensor]:
+    """Return ``step_size`` and ``root_scale`` of each row, by how often it was touched."""
+    touches = touches.to(torch.float64)
     corrections = bias_corrections(scalars.lr, scalars.beta1, scalars.beta2, touches, scalars.torch_eps)
     step_size, root_scale = (moments.as_rows(correction) for correction in corrections)
     return step_size, root_scale
 
 
 def _row_decay(moments: Moments, slots: Tensor, scalars: StepScalars) -> Tensor:
-    """Return what each row's weights are multiplied by; what is owed is taken as paid."""
+    """Return what each row's weights are multiplied by."""
     if not moments.layout.owes_decay:
         return torch.full((len(slots),), scalars.decay, dtype=moments.dtype, device=moments.device)
     owed = moments.log_decay + scalars.log_decay
     decay: Tensor = (owed - moments["paid_log_decay"][slots]).exp()
-    moments["paid_log_decay"][slots] = owed
     return decay.to(moments.dtype)
 
 
@@ -220,13 +226,13 @@ def _decayed(weights: Tensor, decay: Tensor) -> Tensor:
     return weights * _as_rows(decay, weights)
 
 
-def _write_table(
+def _rows_to_write(
     table: Tensor, moments: Moments, rows: Tensor, change: Callable[[Tensor], Tensor], random: Tensor | None
-) -> None:
-    """Change rows of a table, in the dtype of its moments, and round them once."""
+) -> Callable[[], object]:
+    """Change rows of a table, in the dtype of its moments, and round them once; return what writes them."""
     # A table may have any strides, so it is indexed by its own leading dimensions and not viewed as [num_rows, width].
     if len(rows) == 0:
-        return
+        return lambda: None
     index = torch.unravel_index(rows, table.shape[: moments.sparse_dim]) if moments.sparse_dim > 0 else (None,)
     weights = change(table[index].to(moments.dtype))
     if random is None:
@@ -234,9 +240,8 @@ def _write_table(
     else:
         rounded = rounding.round_stochastically(weights, random.reshape(weights.shape), table.dtype)
     if moments.sparse_dim > 0:
-        table[index] = rounded
-    else:
-        table.copy_(rounded[0])
+        return partial(table.index_put_, index, rounded)
+    return partial(table.copy_, rounded[0])
 
 
 # Missed steps ---------------------------------------------------------------------------------------
@@ -268,12 +273,11 @@ def catch_up(read: RowsRead) -> None:
     rows = rows_behind(moments, torch.unique(read.rows))
     if len(rows) == 0:
         return
-    slots = moments.claim_slots(rows)
     random = _bits_of_missed_steps(moments, rows, read.place, read.seed) if read.stochastic_rounding else None
     # Autograd need not be told: what a graph has read of these rows was up to date, and such rows are not written.
-    with _unsafe_preserve_version_counter(read.table):
-        _write_table(read.table, moments, rows, lambda weights: _replayed(weights, moments, slots), random)
-    moments["weight_steps"][slots] = moments.step
+    with moments.claimed_slots(rows) as slots, _unsafe_preserve_version_counter(read.table):
+        _rows_to_write(read.table, moments, rows, lambda weights: _replayed(weights, moments, slots), random)()
+        moments.put(slots, {"weight_steps": moments.step})
 
 
 def _bits_of_missed_steps(moments: Moments, rows: Tensor, place: Place, seed: int) -> Tensor:
@@ -330,7 +334,7 @@ def decay_untouched(table: Tensor, moments: Moments, place: Place, seed: int, *,
         rows = (moments.slot_of_row[begin : begin + ROWS_AT_ONCE] == 0).nonzero()[:, 0] + begin
         random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
         with _unsafe_preserve_version_counter(table):
-            _write_table(table, moments, rows, lambda weights: weights * decay, random)
+            _rows_to_write(table, moments, rows, lambda weights: weights * decay, random)()
 
 
 @torch.no_grad()
@@ -350,6 +354,6 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
         decay = (moments.log_decay - paid).exp().to(table.device, moments.dtype)
         rows = rows.to(table.device)
         random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
-        _write_table(table, moments, rows, partial(_decayed, decay=decay), random)
+        _rows_to_write(table, moments, rows, partial(_decayed, decay=decay), random)()
     moments["paid_log_decay"].zero_()
     moments.log_decay = 0.0
