@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs_steady_steps
+from gradients import coo
 from saving import through_a_file
 from snapshot import bits, snapshot, state_bits
 from torch import Tensor, nn
@@ -1018,6 +1019,23 @@ def test_a_state_put_back_as_a_plain_dict_goes_on(backend: str, order: Callable[
     run.optimizer.state[run["weight"]] = {key: state[key].clone() for key in order(list(state))}
     run.steps(range(2, 4))
     assert snapshot(run.optimizer) == snapshot(twin.optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "weight_decay_mode": "exact"}])
+def test_moments_put_back_as_a_plain_dict_go_on_with_a_dense_gradient(backend: str, options: dict[str, Any]) -> None:
+    """They were taken for a dense state, of another shape or of a checkpoint that does not fit."""
+    found = []
+    for put_back in (lambda state: state, dict):
+        table = Parameter(torch.ones(10, 2))
+        optimizer = dense_adam([table], backend=backend, **options)
+        for _ in range(2):
+            table.grad = coo([1, 4], torch.ones(2, 2), table.shape)
+            optimizer.step()
+        optimizer.state[table] = put_back(optimizer.state[table])
+        table.grad = torch.ones(10, 2)
+        optimizer.step()
+        found.append(snapshot(optimizer))
+    assert found[0] == found[1]
 
 
 def test_deleting_a_dense_state_starts_anew(backend: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import BACKENDS
 from saving import through_a_file
-from snapshot import snapshot
+from snapshot import bits, snapshot
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
@@ -874,6 +874,26 @@ def test_a_group_added_to_a_copy_has_the_seed_of_the_others(duplicate: Any) -> N
     assert copied.param_groups[1]["seed"] == optimizer.param_groups[0]["seed"]
 
 
+def test_a_group_added_after_loading_has_the_seed_of_the_others() -> None:
+    options = {"moment_dtype": torch.bfloat16}
+    optimizer = SparseAdam([new_table()], generator=torch.Generator().manual_seed(3), **options)
+    resumed = SparseAdam([new_table()], **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.add_param_group({"params": [new_table()]})
+    assert resumed.param_groups[1]["seed"] == optimizer.param_groups[0]["seed"]
+
+
+def test_a_copy_draws_what_a_generator_would_have_given() -> None:
+    """Also where no group has asked for it before the copy was made."""
+    optimizer = SparseAdam([new_table()], generator=torch.Generator().manual_seed(3))
+    seeds = []
+    for each in (copy.deepcopy(optimizer), optimizer, copy.deepcopy(optimizer)):
+        each.add_param_group({"params": [new_table()], "moment_dtype": torch.bfloat16})
+        seeds.append(each.param_groups[1]["seed"])
+    other = SparseAdam([new_table()], generator=torch.Generator().manual_seed(3), moment_dtype=torch.bfloat16)
+    assert seeds == [other.param_groups[0]["seed"]] * 3
+
+
 # State --------------------------------------------------------------------------------------------
 
 
@@ -956,6 +976,27 @@ def test_a_state_put_back_as_a_plain_dict_goes_on(backend: str) -> None:
     train(twin, twin_optimizer, range(3, 5))
     assert_equal_models(model, twin)
     assert_equal_states(optimizer, twin_optimizer)
+
+
+def test_a_state_put_back_as_a_plain_dict_is_what_it_was_before_the_next_step(backend: str) -> None:
+    """PyTorch's SparseAdam loaded the moments of touched rows as those of all, where all were touched."""
+    model = Model()
+    optimizer = SparseAdam(model.tables, backend=backend)
+    train(model, optimizer, range(3))
+    num_bytes, saved = optimizer.moment_bytes(), copy.deepcopy(optimizer.to_torch_state_dict())
+
+    def put_back() -> None:
+        for table in model.tables:
+            optimizer.state[table] = dict(optimizer.state[table])
+
+    put_back()
+    assert optimizer.moment_bytes() == num_bytes
+    put_back()
+    found = optimizer.to_torch_state_dict()
+    for number, state in saved["state"].items():
+        assert {key: bits(value) for key, value in found["state"][number].items()} == {
+            key: bits(value) for key, value in state.items()
+        }
 
 
 def test_values_written_to_the_state_are_used(backend: str) -> None:

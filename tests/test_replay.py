@@ -830,6 +830,66 @@ def train(model: Model, optimizer: torch.optim.Optimizer, num_steps: int = 60) -
     return losses
 
 
+IDS = torch.tensor([[1, 7], [7, 30]])
+
+TRANSFORMS: dict[str, Callable[[nn.Embedding], Any]] = {
+    "grad": lambda words: torch.func.grad(lambda x: (words(IDS) * x).sum())(torch.ones(4)),
+    "jacrev": lambda words: torch.func.jacrev(lambda x: (words(IDS) * x).sum(0))(torch.ones(4)),
+    "vmap": lambda words: torch.vmap(words)(IDS),
+    "vmap of vmap": lambda words: torch.vmap(torch.vmap(words))(IDS),
+    "functionalize": lambda words: torch.func.functionalize(words)(IDS),
+    "vmap of grad": lambda words: torch.vmap(torch.func.grad(lambda x, ids: (words(ids) * x).sum()))(
+        torch.ones(2, 4), IDS
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_rows_that_a_transform_reads_are_up_to_date(backend: str, transform: str) -> None:
+    """Native code was given the transforms' own tensors, which have no memory."""
+    found = []
+    for reads_all_before in (True, False):
+        model = Model(sparse=True)
+        optimizer = SparseAdam([model.words.weight], lr=0.1, missed_steps="replay", weight_decay=0.1, backend=backend)
+        optimizer.attach(model)
+        for ids in ([1, 30], [2, 7], [2, 3]):
+            optimizer.zero_grad()
+            model.words(torch.tensor(ids)).square().sum().backward()
+            optimizer.step()
+        if reads_all_before:
+            optimizer.flush()
+        found.append(TRANSFORMS[transform](model.words))
+        optimizer.flush()
+        found[-1] = found[-1].detach(), model.words.weight.detach()
+    (of_flushed, flushed), (of_read, read) = found
+    torch.testing.assert_close(of_read, of_flushed)
+    torch.testing.assert_close(read, flushed)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_nested_ids_are_read_one_by_one(backend: str, is_contiguous: bool) -> None:
+    """Of bags; and where they are a part of what they lie in, the rest of it may be no row's."""
+    bags = nn.EmbeddingBag(30, 4, mode="sum", sparse=True)
+    optimizer = SparseAdam(bags.parameters(), lr=0.1, missed_steps="replay", backend=backend)
+    optimizer.attach(bags)
+    for _ in range(2):
+        bags(torch.tensor([[1, 2, 5]])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = bags.weight.detach().clone()
+    if is_contiguous:
+        ids = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([9])], layout=torch.jagged)
+        assert bags(ids).shape == (2, 4)
+    else:
+        padded = torch.tensor([[1, 2, -1], [9, -1, -1]])
+        ids = torch.nested.narrow(padded, 1, 0, torch.tensor([2, 1]), layout=torch.jagged)
+        with pytest.raises(RuntimeError):  # PyTorch's own: such ids are for other modules
+            bags(ids)
+    has_moved = (bags.weight != before).any(1)
+    assert has_moved.nonzero()[:, 0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_an_attached_model_trains_like_a_dense_one(backend: str, weight_decay: float, max_norm: float | None) -> None:

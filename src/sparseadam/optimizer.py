@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from threading import RLock
-from typing import Any, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from .moment_directory import Kept, MomentDirectory, Write
 from .moments import LARGEST_CLOCK, ROWS_AT_ONCE, Moments, StateLayout, moment_dtype
 from .reading import Hooks
 from .update import Replaying, RowUpdate, SteadyStep, step_scalars
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +55,7 @@ def _observed_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper  # type: ignore[no-any-return]
 
 
-def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+def _outside_inference_mode(method: _Method) -> _Method:
     """Leave inference mode for what makes state: what is made in it cannot be updated outside of it."""
 
     @functools.wraps(method)
@@ -63,10 +65,10 @@ def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 
-    return wrapper
+    return cast("_Method", wrapper)
 
 
-def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+def _in_turn(method: _Method) -> _Method:
     """Have threads that call methods of one optimizer wait for each other, and for whoever catches up on rows."""
 
     @functools.wraps(method)
@@ -74,7 +76,7 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
         with self._turn, replay.TURNS:
             return method(self, *args, **kwargs)
 
-    return wrapper
+    return cast("_Method", wrapper)
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -377,12 +379,14 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _draw_seed(self, group: dict[str, Any]) -> None:
         """Give a group that rounds at random a seed, drawn once for all groups, which their places tell apart."""
-        if _validate.SEED in group or not _validate.rounds_stochastically(group):
-            return
+        if _validate.SEED not in group and _validate.rounds_stochastically(group):
+            group[_validate.SEED] = self._drawn_seed()
+
+    def _drawn_seed(self) -> int:
         if self._seed is None:
             device = "cpu" if self._generator is None else self._generator.device
             self._seed = int(torch.randint(_validate.SEED_END, (), generator=self._generator, device=device))
-        group[_validate.SEED] = self._seed
+        return self._seed
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -468,6 +472,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     @_outside_inference_mode
     def _step_generally(self, options: Sequence[GroupOptions]) -> None:
+        self._adopt_states()
         updates, dense_updates = self._gather_updates(options)
         self._before_steps(updates, dense_updates)
         with _interrupts.held():
@@ -647,6 +652,15 @@ class SparseAdam(torch.optim.Optimizer):
         if moments.dtype is not moment_dtype(table.dtype):
             raise _validate.moment_dtype_error(place, moments.dtype, table.dtype, moment_dtype(table.dtype))
         return moments
+
+    def _adopt_states(self) -> None:
+        """Make moments of the plain mappings of theirs that code has put in their place, as to move them elsewhere."""
+        for group_index, group in enumerate(self.param_groups):
+            for position, table in enumerate(group["params"]):
+                state = self.state.get(table)
+                if isinstance(state, Mapping) and not isinstance(state, Moments) and "rows" in state:
+                    options = _validate.check_group(group, group_index)
+                    self.state[table] = self._kept(table, Place(group, group_index, position), options)
 
     def _kept(self, param: Tensor, place: Place, options: GroupOptions) -> Moments | Mapping[str, Any] | None:
         """Return what is kept for a parameter between steps: its moments, or its dense state where it takes those."""
@@ -871,12 +885,14 @@ class SparseAdam(torch.optim.Optimizer):
                     return Place(group, group_index, position)
         return None
 
+    @_in_turn
     def moment_bytes(self) -> int:
         """Return how many bytes the state takes: moments and row numbers of touched rows, and the index of all rows.
 
         The index is 4 bytes a row of the table; on the CPU its untouched pages take no memory, so what is resident
         may be less. Of parameters with dense gradients it is their whole state.
         """
+        self._adopt_states()
         tables = sum(state.num_bytes for state in self.state.values() if isinstance(state, Moments))
         return tables + sum(dense.state_bytes(state) for state in self.state.values() if dense.is_dense_state(state))
 
@@ -911,6 +927,7 @@ class SparseAdam(torch.optim.Optimizer):
             ValueError: an option that PyTorch's SparseAdam does not have, in a group with tables: ``weight_decay``,
                 ``amsgrad``, ``bias_correction="row"`` or ``second_moment="row"``.
         """
+        self._adopt_states()
         is_adams = []
         for group_index, group in enumerate(self.param_groups):
             states = [self.state.get(table) for table in group["params"]]
@@ -957,9 +974,9 @@ class SparseAdam(torch.optim.Optimizer):
             state_dict: what :meth:`state_dict` returned. It is copied.
 
         Raises:
-            ValueError: the checkpoint does not fit: other groups, a table of another shape, a moment of another dtype,
-                a missing key, a row outside its table or there twice, an option that is not supported. The optimizer
-                is as it was.
+            ValueError: the checkpoint does not fit: other groups, rows of another shape, a moment of another dtype, a
+                missing key, a row outside its table or there twice, an option that is not supported. The optimizer is
+                as it was. (How many rows a table had is not saved, so a table may have grown meanwhile.)
             TypeError: an option of the wrong type.
         """
         state_dict = copy(state_dict)
@@ -972,6 +989,8 @@ class SparseAdam(torch.optim.Optimizer):
         )
         self.__setstate__({"state": state, "param_groups": groups})
         self._steady_step = None  # which keeps the moments of before
+        # Of groups that are added later, too.
+        self._seed = next((group[_validate.SEED] for group in groups if _validate.SEED in group), self._seed)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -1023,8 +1042,9 @@ class SparseAdam(torch.optim.Optimizer):
         self.__dict__.setdefault("_turn", RLock())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the backend's name along with what PyTorch keeps."""
-        own = {"_backend": self._backend, "_strict": self._strict, "_is_built": self._is_built, "_seed": self._seed}
+        """Copy and pickle the backend's name along with what PyTorch keeps, and what a generator would give."""
+        seed = self._seed if self._generator is None else self._drawn_seed()
+        own = {"_backend": self._backend, "_strict": self._strict, "_is_built": self._is_built, "_seed": seed}
         return super().__getstate__() | own
 
 

@@ -7,11 +7,15 @@ Modules that look rows up are hooked here; what has to be done is the callback's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Called with a table and the rows of it that are about to be read, int64 ``[num_rows_read]``, repeats included.
 ReadCallback = Callable[[Tensor, Tensor], None]
@@ -117,5 +121,17 @@ def _announce_lookup(
 ) -> None:
     """Tell what an embedding is about to look up, as its forward pre-hook."""
     ids = args[0] if args else kwargs.get("input")
-    if isinstance(ids, Tensor):  # anything else is for the module to refuse
-        callback(module.weight, ids.detach().reshape(-1).to(torch.int64))
+    if not isinstance(ids, Tensor) or isinstance(ids, FakeTensor):
+        return  # what is no tensor is for the module to refuse; a tensor without values reads nothing
+    # What torch.func's transforms derive is of what is read of rows, not of how these came to be what they are.
+    with nullcontext() if peek_interpreter_stack() is None else temporarily_clear_interpreter_stack():
+        callback(module.weight, _plain_rows(ids))
+
+
+def _plain_rows(ids: Tensor) -> Tensor:
+    """Return all ids, int64 ``[num_ids]``, of a tensor that may be nested or a transform's own."""
+    while is_functorch_wrapped_tensor(ids):
+        ids = get_unwrapped(ids)
+    if ids.is_nested:
+        ids = ids.values() if ids.is_contiguous() else torch.cat([each.reshape(-1) for each in ids.unbind()])
+    return ids.detach().reshape(-1).to(torch.int64)
