@@ -713,8 +713,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         place = self._place_of(param)
         if not self._catch_up(place, param, rows):
-            kept = self.state.get(param)
-            _validate.check_row_range(rows, _most_rows(param, kept), place, is_known=bool(kept))
+            _check_row_range(rows, param, self.state.get(param), place)
 
     def _catch_up_if_own(self, table: Tensor, rows: Tensor) -> None:
         """Catch up on rows that a module announces; it may read tables of others as well."""
@@ -817,7 +816,7 @@ class SparseAdam(torch.optim.Optimizer):
         options = _validate.check_group(place.group, place.group_index)
         kept = self._kept(param, place, options)
         _validate.check_rows(rows, place)
-        _validate.check_row_range(rows, _most_rows(param, kept), place, is_known=bool(kept))
+        _check_row_range(rows, param, kept, place)
         if isinstance(kept, Moments):
             rows = torch.unique(rows.to(kept.device))
             if kept.history is not None:
@@ -1048,15 +1047,18 @@ class SparseAdam(torch.optim.Optimizer):
         return super().__getstate__() | own
 
 
-def _most_rows(table: Tensor, kept: Moments | Mapping[str, Any] | None) -> int:
-    """Return how many rows a table can have.
+def _check_row_range(rows: Tensor, table: Tensor, kept: Moments | Mapping[str, Any] | None, place: Place) -> None:
+    """Refuse rows that a table cannot have.
 
     Which dimensions name a row, gradients tell; before the first one, any number of an element may be a row's.
     """
-    if isinstance(kept, Moments):
-        return kept.num_rows
     num_leading = len(table) if table.dim() > 0 else 1
-    return num_leading if kept else max(num_leading, table.numel())
+    if isinstance(kept, Moments):
+        _validate.check_row_range(rows, kept.num_rows, place)
+    elif kept:
+        _validate.check_row_range(rows, num_leading, place)
+    else:
+        _validate.check_row_range(rows, max(num_leading, table.numel()), place, is_known=False)
 
 
 def _kinds(options: Sequence[GroupOptions]) -> list[tuple[StateLayout, str | None, bool, bool]]:
