@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import chain
@@ -232,6 +232,7 @@ def work(rank: int, world_size: int, port: int, folder: Path, checkpoints: Path)
         "two names": save_under_two_names(folder),
         "copy": read_a_copy(rank),
         "skipped": count_skipped(folder / "skipped"),
+        "replicas": save_replicas(rank, world_size, folder / "replicas"),
     }
     leave_report(report, folder, rank)
     dist.destroy_process_group()
@@ -431,6 +432,32 @@ def count_skipped(folder: Path) -> int:
     return optimizer.state[table.weight].get("num_skipped", 0)
 
 
+def save_replicas(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Train replicas of a table whose rows get slots when they are read, and save and load them."""
+
+    def built() -> tuple[nn.Embedding, SparseAdam]:
+        torch.manual_seed(3)
+        table = nn.Embedding(40, 3, sparse=True)
+        return table, SparseAdam(table.parameters(), lr=0.1, missed_steps="replay", weight_decay=0.1)
+
+    table, optimizer = built()
+    optimizer.attach(table)
+    replicas = replicate(table)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(6):
+        ids = torch.randint(40, (world_size, 4), generator=generator)
+        optimizer.zero_grad()
+        replicas(ids[rank]).square().sum().backward()
+        optimizer.catch_up(table.weight, table.weight.grad._indices()[0])
+        optimizer.step()
+    if rank == world_size - 1:  # which evaluates, alone
+        table(torch.arange(20))
+    save_checkpoint(folder, 6, table, optimizer)
+    loaded, loaded_optimizer = built()
+    load_checkpoint(folder, loaded, loaded_optimizer)
+    return {"saved": by_row(table, optimizer), "loaded": by_row(loaded, loaded_optimizer)}
+
+
 def said(attempt: Callable[[], Any]) -> str:
     """Return the error of an attempt, with its type."""
     try:
@@ -463,6 +490,14 @@ def all_reports(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def reports(request: pytest.FixtureRequest, all_reports: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The same for one size."""
     return all_reports[request.param]
+
+
+@pytest.fixture
+def in_a_group(tmp_path: Path) -> Iterator[None]:
+    """As the only rank of it."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def start_alone(run: Run) -> tuple[Model, SparseAdam]:
@@ -693,6 +728,13 @@ def test_skipped_rows_of_all_ranks_are_counted_once_in_a_checkpoint(reports: lis
     assert [report["skipped"] for report in reports] == [2 * len(reports), *[0] * (len(reports) - 1)]
 
 
+def test_a_checkpoint_of_replicas_is_that_of_one_of_them(reports: list[dict[str, Any]]) -> None:
+    """Each rank has its rows in an order of its own: moments of one came beside the rows of another."""
+    want = reports[0]["replicas"]["saved"]
+    for report in reports:
+        assert_same(report["replicas"]["loaded"], want, 0.0, "loaded")
+
+
 def test_one_process_saves_and_loads(tmp_path: Path) -> None:
     run = RUNS["linear, options"]
     model, optimizer = train_alone(run, range(3))
@@ -702,6 +744,46 @@ def test_one_process_saves_and_loads(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path, other, other_optimizer) == 3
     for table, want in everything(model, optimizer).items():
         assert_same(by_row(other.tables[table], other_optimizer), want, 0.0, table)
+
+
+def test_a_save_removes_what_a_save_left_and_nothing_else(tmp_path: Path) -> None:
+    model = nn.Embedding(5, 2, sparse=True)
+    for name in ("partial-step-000000000001", "partial-results", "partial-step-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "partial-notes").touch()
+    save_checkpoint(tmp_path, 2, model, SparseAdam(model.parameters()))
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"partial-results", "partial-step-1", "partial-notes", "step-000000000002"}
+
+
+@pytest.mark.parametrize("betas", [[0.8, 0.9], (0.8, 0.9), [torch.tensor(0.8), torch.tensor(0.9)]])
+def test_options_come_back_as_lists_where_they_were_lists(tmp_path: Path, betas: Any) -> None:
+    """Lists of tensors came back as dicts, which are no betas."""
+    model = nn.Embedding(5, 2, sparse=True)
+    optimizer = SparseAdam(model.parameters())
+    optimizer.param_groups[0]["betas"] = betas
+    optimizer.param_groups[0]["own"] = {"names": ["a", torch.ones(2), ["b", torch.zeros(1)]], "kind": "words"}
+    save_checkpoint(tmp_path, 1, model, optimizer)
+    loaded = SparseAdam(model.parameters())
+    load_checkpoint(tmp_path, model, loaded)
+    assert {key: str(value) for key, value in loaded.param_groups[0].items()} == {
+        key: str(value) for key, value in optimizer.param_groups[0].items()
+    }
+
+
+@pytest.mark.parametrize("other", [torch.optim.SparseAdam, partial(SparseAdam, dense_gradients="adam")])
+def test_a_state_of_another_form_does_not_load_into_a_sharded_table(
+    tmp_path: Path, other: Any, in_a_group: None
+) -> None:
+    model = nn.Embedding(9, 2, sparse=other is torch.optim.SparseAdam)
+    optimizer = other(model.parameters())
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 1, model, optimizer)
+    table = ShardedEmbedding(9, 2)
+    with pytest.raises(ValueError, match="state of parameter 0, a sharded table: rows missing, found step, exp_avg"):
+        load_checkpoint(tmp_path, table, SparseAdam(table.parameters()))
 
 
 def test_checkpoints_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -773,12 +855,8 @@ def test_arguments_that_cannot_be_are_refused(what: str) -> None:
         make()
 
 
-def test_a_dtype_that_no_table_has_is_refused(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match=r"Invalid dtype: torch.complex64. Choose one of float32, "):
-            ShardedEmbedding(5, 2, dtype=torch.complex64)
-        table = ShardedEmbeddingBag(5, 2, padding_idx=-1, gradient_reduction="mean")  # of one rank, which has it all
-        assert repr(table) == "ShardedEmbeddingBag(5, 2, rows 0 to 5 here, padding_idx=4, mode='mean')"
-    finally:
-        dist.destroy_process_group()
+def test_a_dtype_that_no_table_has_is_refused(in_a_group: None) -> None:
+    with pytest.raises(ValueError, match=r"Invalid dtype: torch.complex64. Choose one of float32, "):
+        ShardedEmbedding(5, 2, dtype=torch.complex64)
+    table = ShardedEmbeddingBag(5, 2, padding_idx=-1, gradient_reduction="mean")  # of one rank, which has it all
+    assert repr(table) == "ShardedEmbeddingBag(5, 2, rows 0 to 5 here, padding_idx=4, mode='mean')"

@@ -145,8 +145,9 @@ def _make_room(final: Path, partial: Path) -> str | None:
         if final.exists():
             return "it is there already"
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left)
+        for left in final.parent.iterdir():
+            if left.name.startswith(_PARTIAL) and _COMPLETE.fullmatch(left.name.removeprefix(_PARTIAL)):
+                shutil.rmtree(left)
         partial.mkdir()
     except OSError as error:
         return f"cannot write to {error.filename}: {error.strerror}"
@@ -329,18 +330,30 @@ def _read_optimizer(saved: Saved, tables: Mapping[int, ShardedTable]) -> dict[st
             state_dict[keys[0]] = value
     for number, table in tables.items():
         if number in states:
+            if "rows" not in states[number]:
+                there = ", ".join(map(str, states[number]))
+                raise _validate.checkpoint_error(f"parameter {number}, a sharded table", f"rows missing, found {there}")
             states[number]["rows"] -= table.row_start
             if table.row_start > 0:  # the rank of the first row goes on counting for all
                 states[number].pop(_COUNTED, None)
-    return state_dict | {"param_groups": [groups[index] for index in sorted(groups)]}
+    return state_dict | {"param_groups": [_with_lists(groups[index]) for index in sorted(groups)]}
 
 
 def _put(nested: dict[Any, Any], keys: Sequence[Any], value: Any) -> None:
-    """Put a value where it stood in nested dicts."""
+    """Put a value where it stood in nested dicts and lists, for which dicts by place stand."""
     *outer, last = keys
     for key in outer:
         nested = nested.setdefault(key, {})
     nested[last] = value
+
+
+def _with_lists(nested: Any) -> Any:
+    """Make lists of the dicts that stand for them; other dicts have no numbers for keys here."""
+    if not isinstance(nested, dict):
+        return nested
+    values = {key: _with_lists(value) for key, value in nested.items()}
+    is_list = len(values) > 0 and all(isinstance(key, int) for key in values)
+    return [values[place] for place in sorted(values)] if is_list else values
 
 
 def _slots_here(saved: Saved, number: int, table: ShardedTable) -> list[_Slots] | None:

@@ -81,12 +81,17 @@ def _causes(error: CheckpointException) -> list[str]:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Writes parts as such, and all else as PyTorch does."""
+    """Writes parts as such, and all else as PyTorch does, on the first rank.
+
+    Shared out among ranks, the tensors of one state would come from several of them, and replicas of a table do not
+    have their slots in the same order: with ``missed_steps="replay"`` rows get them as they are read.
+    """
 
     def create_local_plan(self) -> SavePlan:
         """Plan to write what is here. A tensor without entries is the first rank's to write."""
         self._parts = {name: value for name, value in self.state_dict.items() if isinstance(value, Part)}
-        self.state_dict = {name: value for name, value in self.state_dict.items() if name not in self._parts}
+        others = {name: value for name, value in self.state_dict.items() if name not in self._parts}
+        self.state_dict = others if self.is_coordinator else {}
         plan = super().create_local_plan()
         items = [
             _write_item(name, part)
