@@ -149,6 +149,19 @@ def test_an_error_of_ours_is_not_taken_for_too_little_memory(monkeypatch: pytest
         main(TINY)
 
 
+@pytest.mark.parametrize("flag", ["--json", "--csv", "--plot"])
+def test_a_file_that_takes_nothing_gets_a_sentence(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It could be opened when the measurement began, and the disk is full when it ends."""
+    for module in ("rich", "matplotlib"):
+        pytest.importorskip(module)
+    full = tmp_path / "full.png"
+    full.symlink_to("/dev/full")
+    assert main([*TINY, flag, str(full)]) == 1
+    assert capsys.readouterr().err.endswith(f"sparseadam: cannot write to {full}: No space left on device.\n")
+
+
 def test_an_interrupt_is_said_and_has_the_shells_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,7 +150,8 @@ def test_triples_are_numbered_alike_in_all_parts(triples):
 
 BAD_INTERACTIONS = {
     "a word": ("0 1 2\n1 two 3", "line 2 of .* is not a customer and items, all whole numbers"),
-    "a negative number": ("0 1 -2", "line 1 of .* has a negative number"),
+    "a negative number": ("0 1 -2", r"line 1 of .* has a number outside \[0, 2147483647\]"),
+    "a number without a row": (f"0 1\n{2**63} 1", "line 2 of .* has a number outside"),
     "no pairs": ("0\n\n1\n", "holds no interactions"),
     "a customer with all": ("0 1\n1 0 1 2", "customer 1 of .* has all 3 items"),
     "no customer with ten": ("0 1 2 3\n1 4", "has ten items, so none can be held out"),
@@ -183,9 +184,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     path.write_bytes(gzip.compress(b"0 1 2 3\n" * 1000)[:-20])
     with pytest.raises(RecipeError, match=r"cannot read .*interactions\.txt\.gz: "):
         read_interactions(path)
-    path.write_bytes(b"0 1 2 3\n")
-    with pytest.raises(RecipeError, match=r"cannot read .*interactions\.txt\.gz: "):
-        read_interactions(path)
+    whole = gzip.compress(b"0 1 2 3\n" * 1000)
+    for content in (b"0 1 2 3\n", whole[:15] + b"\xff" * 10 + whole[25:]):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=r"cannot read .*interactions\.txt\.gz: "):
+            read_interactions(path)
 
 
 # --- Batches ------------------------------------------------------------------------------------
@@ -697,6 +700,9 @@ def test_reports_of_nothing_are_refused(tmp_path, capsys, graph):
         capsys.readouterr().err
         == f"missed_steps: there is no file {path}; pass --report with the results of an earlier run.\n"
     )
+    path.touch()
+    assert cli.main(["--report", str(path), "--out", str(tmp_path)]) == 1
+    assert f"missed_steps: {path} holds no results; pass --report" in capsys.readouterr().err
     ResultsFile(path).add_run(graph.settings(), made_up_run(SKIP))
     assert cli.main(["--report", str(path), "--out", str(tmp_path)]) == 1
     assert f"has no run of {DENSE.name} on graph" in capsys.readouterr().err

@@ -87,11 +87,20 @@ def test_what_it_cannot_read_is_said_without_a_traceback(tmp_path, capsys):
         "0 1 2\n2 1\n": "line 2 is not that of customer 1",
         "0 one\n": "line 1 is no list of whole numbers",
         "0 1 2\n": "no customer has 5 items",
+        f"0 1 {2**63}\n": "line 1 is not that of customer 0",
     }.items():
         with gzip.open(tmp_path / "interactions.txt.gz", "wt") as lines:
             lines.write(content)
         assert main(["--data", str(tmp_path)]) == 1
         assert message in capsys.readouterr().err
+    whole = gzip.compress("".join(f"{number} 1 2 3 4 5\n" for number in range(1000)).encode())
+    for content in (whole[:-20], whole[:15] + b"\xff" * 10 + whole[25:]):
+        (tmp_path / "interactions.txt.gz").write_bytes(content)
+        assert main(["--data", str(tmp_path)]) == 1
+        assert re.search(r"recommender: cannot read .*pass --data FOLDER", capsys.readouterr().err)
+    place = tmp_path / "interactions.txt.gz" / "checkpoints"
+    assert main(["--data", str(tmp_path), "--checkpoints", str(place)]) == 1
+    assert f"recommender: cannot write to {place}: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

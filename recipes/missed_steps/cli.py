@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
             raise RecipeError(f"there is no file {options.report}; pass --report with the results of an earlier run.")
         file = ResultsFile(options.report)
         all_results = list(file)
+        if not all_results:
+            raise RecipeError(f"{options.report} holds no results; pass --report with those of an earlier run.")
         for results in all_results:
             if DENSE.name not in results.methods():
                 raise RecipeError(f"{options.report} has no run of {DENSE.name} on {results.name}; train it first.")

@@ -1,6 +1,7 @@
 """Real data: customers and the items they bought, and triples of a knowledge graph."""
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..command_line import RecipeError
 
+MAX_NUMBER = 2**31 - 1
 HELD_OUT_SHARE = 0.1  # of a customer's items, once for validation and once for the test
 SPLIT_SEED = 0  # one split for all seeds, so that their spread is that of training
 
@@ -71,8 +73,11 @@ def read_interactions(path: Path) -> Interactions:
             customer, *items = map(int, words)
         except ValueError:
             raise RecipeError(f"line {number} of {path} is not a customer and items, all whole numbers.") from None
-        if min(customer, *items, 0) < 0:
-            raise RecipeError(f"line {number} of {path} has a negative number; customers and items count from 0.")
+        if not all(0 <= each <= MAX_NUMBER for each in (customer, *items)):
+            raise RecipeError(
+                f"line {number} of {path} has a number outside [0, {MAX_NUMBER}]; customers and items count from 0, "
+                "and have a row each up to the largest."
+            )
         pairs.update(dict.fromkeys((customer, item) for item in items))
     if not pairs:
         raise RecipeError(f"{path} holds no interactions; give a line a customer: its number, then items.")
@@ -146,5 +151,5 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             f"there is no {path}; pass --data with the directory that has rec/ and kg/ in it (docs/missed_steps.md "
             "says what they hold)."
         ) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise RecipeError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sparseadam.bench.arguments import HelpWithDefaults, whole_number
 
-from ..command_line import exit_code
+from ..command_line import check_writable, exit_code
 from ..word_vectors.training import OPTIMIZERS, build_optimizer, moment_bytes
 from .model import Factors
 from .purchases import Batches, Purchases, read_purchases
@@ -83,6 +83,8 @@ def process_group() -> Iterator[None]:
 def run(options: argparse.Namespace) -> None:
     """Train and report."""
     is_first = dist.get_rank() == 0
+    if options.checkpoints and is_first:
+        check_writable(options.checkpoints)
     console = Console(quiet=not is_first, width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

@@ -1,6 +1,7 @@
 """What customers bought: the file, what of it is held out, and batches that any number of processes can share."""
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..command_line import RecipeError
 
 FILE = "interactions.txt.gz"
 HELD_OUT_SHARE = 10  # one in so many of a customer's items, the last ones, at least one
+MAX_ITEM = 2**31 - 1  # there is a row for each number up to the largest
 FEWEST_ITEMS = 5  # of a customer of whom any are held out
 
 
@@ -47,7 +49,7 @@ def read_purchases(folder: Path) -> Purchases:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 customer, *bought = map(int, line.split())
-                if customer != number or min(bought, default=-1) < 0:
+                if customer != number or min(bought, default=-1) < 0 or max(bought) > MAX_ITEM:
                     raise RecipeError(f"{path}: line {number + 1} is not that of customer {number} and its items.")
                 bought = list(dict.fromkeys(bought))
                 num_kept = len(bought)
@@ -56,10 +58,10 @@ def read_purchases(folder: Path) -> Purchases:
                 customers += [customer] * num_kept
                 items += bought[:num_kept]
                 held_out.append(bought[num_kept:])
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RecipeError(
-            f"cannot read {path}: {error.strerror or error}. This recipe is for the UCI data set Online Retail (number "
-            "352), as a customer a line: its number, then its items' numbers; pass --data FOLDER."
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}. This recipe is for the UCI data set "
+            "Online Retail (number 352), as a customer a line: its number, then its items' numbers; pass --data FOLDER."
         ) from error
     except (ValueError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: line {len(held_out) + 1} is no list of whole numbers.") from error

@@ -189,11 +189,11 @@ def run_bench(options: argparse.Namespace) -> None:
     records = _measure_all(options.cases, options.rounds, options.json, device)
     _show(records)
     if options.csv is not None:
-        write_csv(options.csv, records)
+        _write(options.csv, write_csv, records)
     if options.plot is not None:
         from .plot import draw
 
-        draw(records, options.plot)
+        _write(options.plot, lambda path, drawn: draw(drawn, path), records)
 
 
 def _measure_all(
@@ -212,8 +212,16 @@ def _measure_all(
             result = _measure(case, num_rounds, partial(_advance, progress, task, len(records)), device)
             records.append(record_of(result, facts(device)))
             if json_path is not None:
-                write_json_lines(json_path, records)
+                _write(json_path, write_json_lines, records)
     return records
+
+
+def _write(path: Path, write: Callable[[Path, Sequence[Record]], None], records: Sequence[Record]) -> None:
+    """Write a file that could be written to when the measurement began."""
+    try:
+        write(path, records)
+    except OSError as error:
+        raise BenchError(f"cannot write to {path}: {error.strerror or error}.") from None
 
 
 def _advance(progress: Progress, task: TaskID, num_done: int, share: float) -> None:

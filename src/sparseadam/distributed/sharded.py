@@ -295,6 +295,7 @@ class ShardedEmbeddingBag(ShardedTable):
             IndexError: an id outside the table; the other ranks raise a RuntimeError.
             TypeError: ids of another dtype.
             ValueError: what :func:`torch.nn.functional.embedding_bag` refuses.
+            NotImplementedError: ``per_sample_weights`` with another mode than ``"sum"``, from the same.
             RuntimeError: ids on another device; ranks that are not at the same lookup; a rank that does not answer.
         """
         rows, places, padding = self._fetch(ids)
