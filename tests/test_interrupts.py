@@ -295,6 +295,76 @@ def test_every_signal_that_came_is_answered_even_where_one_raises(name: str) -> 
         assert all(signal.getsignal(number) is answer for number in numbers)
 
 
+@pytest.mark.parametrize("exchange", range(1, 4))
+def test_a_signal_that_comes_as_handlers_are_given_back_leaves_none_held(
+    exchange: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is answered before the exchange: that of another signal was left out, which nobody heard from then on."""
+    heard: list[int] = []
+    exchanges: list[int] = []
+
+    def exchanging(number: int, handler: Any) -> None:
+        exchanges.append(number)
+        if len(exchanges) == 2 + exchange:  # as many as are held
+            signal.raise_signal(signal.SIGINT)
+        signal.signal(number, handler)
+
+    with answering(lambda number, _: heard.append(number), signal.SIGTERM):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(_interrupts, "signal", SimpleNamespace(getsignal=signal.getsignal, signal=exchanging))
+            with _interrupts.held():
+                pass
+            signal.raise_signal(signal.SIGINT)  # where there was no such exchange
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+        signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.skipif(native.module() is None, reason="of the native backend")
+def test_a_handler_that_saves_while_rows_catch_up_finds_them_before_or_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving ended the history that native code had been told of, by which rows then decayed once more."""
+    table = nn.Parameter(torch.ones(ROWS, WIDTH))
+    optimizer = SparseAdam([table], lr=0.1, backend="native", missed_steps="replay", weight_decay=0.5)
+    table.grad = coo([0], torch.ones(1, WIDTH), table.shape)
+    optimizer.step()
+    history_of = native._history_tuple
+
+    def interrupted(moments: Any) -> Any:
+        found = history_of(moments)
+        signal.raise_signal(signal.SIGTERM)
+        return found
+
+    with answering(lambda *_: optimizer.state_dict(), signal.SIGTERM), monkeypatch.context() as patch:
+        patch.setattr(native, "_history_tuple", interrupted)
+        optimizer.catch_up(table, torch.tensor([5]))
+    optimizer.flush()
+    assert torch.allclose(table[1:], torch.tensor(0.95))
+
+
+def test_ctrl_c_finds_a_group_added_and_no_hook_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group had been added without a seed; a hook of one kind of state dict went on for the other kind."""
+    optimizer = SparseAdam([nn.Parameter(torch.ones(ROWS, WIDTH))], moment_dtype=torch.bfloat16)
+    added = torch.optim.Optimizer.add_param_group
+
+    def interrupted(self: Any, group: dict[str, Any]) -> None:
+        added(self, group)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Optimizer, "add_param_group", interrupted)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 2))]})
+    assert optimizer.param_groups[1]["seed"] == optimizer.param_groups[0]["seed"]
+
+    register = optimizer.register_state_dict_post_hook
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            optimizer, "register_state_dict_post_hook", lambda *_, **__: (register(*_, **__), signal.raise_signal(2))[0]
+        )
+        optimizer.state_dict()
+    assert not optimizer._optimizer_state_dict_post_hooks
+
+
 @pytest.mark.parametrize("raising", range(4))
 def test_all_handlers_are_back_after_one_raised_while_they_were_exchanged(
     raising: int, monkeypatch: pytest.MonkeyPatch

@@ -810,6 +810,69 @@ def test_a_run_that_was_interrupted_and_went_on_comes_back_to_its_commit(
     assert line > 20
 
 
+@pytest.mark.parametrize("act", ["step", "catch_up"])
+def test_a_handler_that_commits_finds_what_is_logged_of_the_same_commit(
+    tmp_path: Path, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows were in the log of the commit before, and written after the handler's."""
+
+    def take(training: Training) -> None:
+        training.step() if act == "step" else training.optimizer.catch_up(training.table, torch.arange(NUM_ROWS))
+
+    training, want = Training(tmp_path, OPTIONS["replay"]), Training(options=OPTIONS["replay"])
+    for each in (training, want):
+        each.step(2)
+    training.optimizer.checkpoint()
+    before_writing = moment_directory.MomentDirectory.before_writing
+
+    def interrupted(self: moment_directory.MomentDirectory, writes: Any) -> None:
+        before_writing(self, writes)
+        signal.raise_signal(signal.SIGUSR1)
+
+    def save(optimizer: SparseAdam, *_: Any) -> None:
+        optimizer.checkpoint()
+
+    handler = signal.signal(signal.SIGUSR1, partial(save, training.optimizer))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(moment_directory.MomentDirectory, "before_writing", interrupted)
+            take(training)
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    take(want)
+    del training
+    gc.collect()
+    again = Training(tmp_path, OPTIONS["replay"])
+    for each in (again, want):
+        each.step(2)
+        each.optimizer.flush()
+    assert again.everything() == want.everything()
+
+
+def test_a_handler_that_saves_while_rows_get_their_values_does_not_wait_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for ever, for the lock that what it had interrupted held."""
+    training = Training(tmp_path, OPTIONS["replay"])
+    training.step()
+    saved = []
+    handler = signal.signal(signal.SIGUSR1, lambda *_: saved.append(training.optimizer.state_dict()))
+    values = Init.values
+
+    def interrupted(self: Init, *arguments: Any) -> Tensor:
+        monkeypatch.undo()
+        made = values(self, *arguments)
+        signal.raise_signal(signal.SIGUSR1)
+        return made
+
+    monkeypatch.setattr(Init, "values", interrupted)
+    try:
+        initialize_rows(training.table, torch.arange(NUM_ROWS))
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert len(saved) == 1
+
+
 def test_a_commit_that_finds_no_memory_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is logged was told too late for which memory had to be found, and rows were then logged no more."""
     reserved = Bits.reserved

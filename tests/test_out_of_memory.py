@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from snapshot import snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseadam import SparseAdam
+from sparseadam import SparseAdam, moments, replay
+from sparseadam.update import reference
 
 ROWS, WIDTH = 24, 6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -26,18 +29,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Refuses to make another tensor after so many; what writes to tensors that there are goes on."""
+    """Refuses to make another tensor after so many, or that one only; what writes to tensors that there are goes on."""
 
-    def __init__(self, num_tensors: int) -> None:
+    def __init__(self, num_tensors: int, *, only_once: bool = False) -> None:
         """Let so many be made."""
         super().__init__()
         self.num_left = num_tensors
+        self.only_once = only_once
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Be asked before each operation."""
         makes_a_tensor = not func._schema.is_mutable and not func.is_view
         if makes_a_tensor:
             if self.num_left == 0:
+                self.num_left -= self.only_once
                 raise torch.OutOfMemoryError("out of memory")
             self.num_left -= 1
         return func(*args, **kwargs or {})
@@ -91,3 +96,54 @@ def test_what_finds_no_memory_has_changed_nothing(act: str, options: str) -> Non
     ACTS[act](undisturbed_table, undisturbed)
     assert snapshot(optimizer) == snapshot(undisturbed)
     assert num_tensors > 0 or (act == "catch_up" and options != "replay")
+
+
+PASSES: dict[str, Callable[[nn.Parameter, SparseAdam], Any]] = {
+    "flush": lambda _, optimizer: optimizer.flush(),
+    "state_dict": lambda _, optimizer: optimizer.state_dict(),
+    "resize": lambda table, optimizer: optimizer.resize(table, ROWS + 2),
+    "step": lambda _, optimizer: optimizer.step(),
+}
+
+
+WRITING_PASSES = [
+    *itertools.product(("flush", "resize"), ("exact", "replay")),
+    ("state_dict", "replay"),
+    ("step", "replay"),
+]
+
+
+@pytest.mark.parametrize(("act", "options"), WRITING_PASSES)
+def test_a_pass_over_a_table_that_finds_no_memory_does_each_row_once(
+    act: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done of it was done again by the next one: rows decayed twice, and moments. A step ends in one here."""
+    monkeypatch.setattr(reference, "ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(replay, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(moments, "ROWS_AT_ONCE", 4)
+    if act == "step":
+        monkeypatch.setattr(replay, "_MAX_STEPS", 4)
+        monkeypatch.setattr(replay, "_ROWS_A_STEP", ROWS)
+
+    def made_ready() -> tuple[nn.Parameter, SparseAdam]:
+        table, optimizer = trained(OPTIONS[options])
+        if act == "resize":
+            table.grad = None
+        return table, optimizer
+
+    undisturbed_table, undisturbed = made_ready()
+    PASSES[act](undisturbed_table, undisturbed)
+    undisturbed.flush()
+    num_tensors, was_refused = 0, True
+    while was_refused:
+        table, optimizer = made_ready()
+        num_steps = optimizer.state[table]["step"]
+        with OutOfMemory(num_tensors, only_once=True) as memory, suppress(torch.OutOfMemoryError):
+            PASSES[act](table, optimizer)
+        was_refused = memory.num_left < 0
+        if act != "step" or optimizer.state[table]["step"] == num_steps:
+            PASSES[act](table, optimizer)
+        optimizer.flush()  # which a step that is taken leaves to the next one
+        assert snapshot(optimizer) == snapshot(undisturbed), f"without the tensor after {num_tensors}"
+        num_tensors += 1 + num_tensors // 16
+    assert num_tensors > 20

@@ -19,7 +19,8 @@ except ImportError:
 
 
 # Those that programs answer in Python; not all of them are known everywhere.
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")
+# Ctrl-C comes last: to have it back, which ends programs, while others are still held would leave those unheard.
+_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGINT")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
@@ -36,17 +37,22 @@ def held() -> Iterator[None]:
             handlers = {}
         yield
     finally:
-        _restore(list(handlers.items()))
-        if came:
-            with ExitStack() as answers:  # all of them, even where one raises
-                for number, frame in came.items():
-                    answers.callback(handlers[number], number, frame)
+        try:
+            _restore(list(handlers.items()))
+        finally:
+            if came:
+                with ExitStack() as answers:  # all of them, even where one raises
+                    for number, frame in came.items():
+                        answers.callback(handlers[number], number, frame)
 
 
 def _restore(handlers: list[tuple[int, Any]]) -> None:
     """Give signals their handlers back: all of them, even where one is answered at once and that raises."""
     if handlers:
+        number, handler = handlers[0]
         try:
-            signal.signal(*handlers[0])
+            signal.signal(number, handler)
         finally:
+            if signal.getsignal(number) is not handler:  # signals are answered before this one's handler is exchanged
+                signal.signal(number, handler)
             _restore(handlers[1:])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -175,6 +175,32 @@ def slot_memory(num_rows: int, parts: Mapping[str, Part], device: torch.device) 
         except OSError:  # a limit on address space, or strict overcommit: grow by reallocation instead
             pass
     return GrowingMemory(num_rows, parts, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; PyTorch's for the CPU is a RuntimeError like others."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def in_stretches(act: Callable[[int, int], object], num_rows: int, at_once: int) -> None:
+    """Have ``act(begin, end)`` go through rows some at a time: nothing is made that grows with a table.
+
+    Where memory runs out they are fewer at a time: a call has changed nothing then, while those before have, and to
+    begin all over would be once too often for them.
+    """
+    begin = 0
+    while begin < num_rows:
+        end = min(begin + at_once, num_rows)
+        try:
+            act(begin, end)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or end - begin == 1:
+                raise
+            at_once = (end - begin) // 2
+        else:
+            begin = end
 
 
 def index_dtype(num_rows: int) -> torch.dtype:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _validate
+from . import _interrupts, _validate
 from ._mapped_file import Bits, MappedFile, check_platform, locked
 from ._validate import TABLE_DTYPES, Place
 from .initial import Init
@@ -93,7 +93,7 @@ class MappedTable(MappedFile):
         """
         if self.init.kind == "zeros":
             return
-        with self._turn:
+        with _interrupts.held(), self._turn:  # a handler that saves may come back to this
             new = torch.unique(self.without_values(rows))
             if len(new) == 0:
                 return

@@ -668,7 +668,10 @@ class MomentDirectory:
         named |= {
             os.path.basename(path) for path in (log_path(self.path, self._commit), self._values_path(self._commit))
         }
-        for name in os.listdir(self.path):
+        names: list[str] = []
+        with suppress(OSError):
+            names = os.listdir(self.path)
+        for name in names:
             if name not in named and _OUR_NAMES.fullmatch(name):
                 path = os.path.join(self.path, name)
                 if os.path.isdir(path):

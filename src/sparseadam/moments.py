@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import _interrupts, rounding
+from . import rounding
 from ._device_counts import DeviceCounts
-from ._memory import IndexedMemory, Part, SlotMemory, index_dtype, slot_memory, zeros
+from ._memory import IndexedMemory, Part, SlotMemory, in_stretches, index_dtype, slot_memory, zeros
 from .history import LOG_BETA1, LOG_BETA2, History
 
 # Counted for the table as a whole; the last two are there only where their option is, or something was counted.
@@ -270,8 +270,7 @@ class Moments(MutableMapping[str, Any]):
         num_slots = min(num_slots, self.num_rows)
         if num_slots > self._memory.capacity:
             self.native_table = None  # first: growing may fail when some of what it points at has moved
-            with _interrupts.held():
-                self._memory.grow(num_slots)
+            self._memory.grow(num_slots)
 
     def make_room(self, num_lookups: int) -> None:
         """Make room for the rows of a step that counts them on the device, waiting for it only if there may be none."""
@@ -478,14 +477,18 @@ class Moments(MutableMapping[str, Any]):
 
     def settle(self) -> None:
         """Count missed steps into all moments, once all rows' weights are up to date: a new history begins."""
-        for begin in range(0, self.num_slots, ROWS_AT_ONCE):
-            slots = torch.arange(begin, min(begin + ROWS_AT_ONCE, self.num_slots), device=self.device)
-            factors = self.missed_factors(slots, self.step)
+
+        def settle_slots(begin: int, end: int) -> None:
+            slots = torch.arange(begin, end, device=self.device)
+            factors = [self.as_rows(factor) for factor in self.missed_factors(slots, self.step)]
             for name, factor in zip(("exp_avg", "exp_avg_sq"), factors, strict=True):
-                self[name][begin : begin + len(slots)] *= self.as_rows(factor)
+                self[name][begin:end].mul_(factor)
             for name in CLOCKS:
-                self[name][slots] = self.step
-        self.history = History(self.step)
+                self[name][begin:end].fill_(self.step)
+
+        history = History(self.step)
+        in_stretches(settle_slots, self.num_slots, ROWS_AT_ONCE)
+        self.history = history
 
     def missed_factors(self, slots: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
         """Return what the first and second moments of slots are to be multiplied by, to be those at ``steps``.

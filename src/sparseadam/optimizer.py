@@ -6,7 +6,7 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from threading import RLock
 from typing import Any, TypeVar, cast, overload
@@ -17,6 +17,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _interrupts, _validate, checkpoint, dense, mapped_table, replay, update
+from ._memory import is_out_of_memory
 from ._validate import GroupOptions, Place
 from .dense import DenseParameter, DenseUpdate
 from .gradient import check_gradient, check_values
@@ -289,6 +290,7 @@ class SparseAdam(torch.optim.Optimizer):
             self._open_directory(moment_dir)
         self._is_built = True
 
+    @_interrupts.held()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does.
 
@@ -304,9 +306,9 @@ class SparseAdam(torch.optim.Optimizer):
             RuntimeError: there is a ``moment_dir``, and :meth:`checkpoint` would raise one. No group is added.
             OSError: the disk could not take the commit.
         """
-        super().add_param_group(param_group)
-        group_index = len(self.param_groups) - 1
+        group_index = len(self.param_groups)
         try:
+            super().add_param_group(param_group)
             self._draw_seed(self.param_groups[-1])
             _validate.check_group(self.param_groups[-1], group_index)
             if self._is_built:
@@ -315,8 +317,8 @@ class SparseAdam(torch.optim.Optimizer):
                 if self._directory is not None:
                     kept = self._all_kept()
                     self._directory.add([each for each in kept if each.place.group_index == group_index], kept)
-        except BaseException:  # what keeps it from being committed, too, and a KeyboardInterrupt
-            del self.param_groups[-1]
+        except BaseException:  # what keeps it from being committed, too
+            del self.param_groups[group_index:]
             raise
 
     def _check_mapped(self, first_group: int, *, has_directory: bool) -> None:
@@ -473,9 +475,9 @@ class SparseAdam(torch.optim.Optimizer):
     @_outside_inference_mode
     def _step_generally(self, options: Sequence[GroupOptions]) -> None:
         self._adopt_states()
-        updates, dense_updates = self._gather_updates(options)
-        self._before_steps(updates, dense_updates)
-        with _interrupts.held():
+        with _interrupts.held():  # files, too, are seen to for this step, and not for what a handler may save meanwhile
+            updates, dense_updates = self._gather_updates(options)
+            self._before_steps(updates, dense_updates)
             if updates:
                 self._update_tables(updates, options)
             self._update_dense(dense_updates, options)
@@ -493,9 +495,13 @@ class SparseAdam(torch.optim.Optimizer):
     def _flush_where_due(self, stepped: Iterable[RowUpdate | Replaying], options: Sequence[GroupOptions]) -> None:
         for each in stepped:
             if replay.is_flush_due(each.moments):
-                # The step is taken. A disk without room for this much has the next one, which tries it again, complain.
-                with suppress(*((OSError,) if self._is_in_files(each.table) else ())):
+                try:
                     self._bring_up_to_date(each.table, each.moments, each.place, options[each.place.group_index])
+                except (OSError, MemoryError, RuntimeError) as error:
+                    # The step is taken. Where a disk or memory has no room for this much, the next one tries it again.
+                    has_no_room = isinstance(error, OSError) and self._is_in_files(each.table)
+                    if not has_no_room and not is_out_of_memory(error):
+                        raise
 
     def _before_steps(self, updates: Sequence[RowUpdate], dense_updates: Sequence[DenseUpdate]) -> None:
         """See to files before the first row is written, having checked row numbers, which come first in errors too."""
@@ -735,7 +741,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _bring_rows_up_to_date(
         self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions
     ) -> None:
-        with replay.TURNS:
+        with self._undisturbed():
             if self._is_in_files(table):
                 _validate.check_row_range(rows, moments.num_rows, place)
                 behind = update.rows_behind(moments, torch.unique(rows))
@@ -862,13 +868,18 @@ class SparseAdam(torch.optim.Optimizer):
         resized = param.detach().new_zeros((num_rows, *param.shape[1:]))
         num_kept = min(num_rows, len(param))
         resized[:num_kept] = param.detach()[:num_kept]
+        state: Moments | Mapping[str, Any] | None = None
         if isinstance(kept, Moments):
-            self.state[param] = kept.resized(resized.shape)
+            state = kept.resized(resized.shape)
         elif kept is not None:
-            self.state[param] = dense.resized(kept, num_rows)
+            state = dense.resized(kept, num_rows)
         # While a graph of before lives, as that of a loss that is still held, autograd checks new gradients against the
         # shape that it noted then. Memory of another dtype makes it take note anew; another shape alone does not.
-        param.data = resized.new_empty(0, dtype=torch.float32 if param.dtype is torch.float64 else torch.float64)
+        of_another_dtype = resized.new_empty(0, dtype=torch.float32 if param.dtype is torch.float64 else torch.float64)
+        # From here on no memory is needed.
+        if state is not None:
+            self.state[param] = state
+        param.data = of_another_dtype
         param.data = resized
 
     def _place_of(self, param: Tensor) -> Place:
@@ -952,11 +963,12 @@ class SparseAdam(torch.optim.Optimizer):
             }
             packed.update(header)
 
-        handle = self.register_state_dict_post_hook(write_out, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        with _interrupts.held():  # a hook that stayed would be run by the next one, too
+            handle = self.register_state_dict_post_hook(write_out, prepend=True)
+            try:
+                return super().state_dict()
+            finally:
+                handle.remove()
 
     @_in_turn
     @_outside_inference_mode

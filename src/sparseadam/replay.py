@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import update
+from ._memory import in_stretches
 from ._validate import GroupOptions, Place
 from .moments import ROWS_AT_ONCE, Moments
 from .reading import Hook, Hooks, Removable, before_reading
@@ -50,9 +51,11 @@ def flush(table: Tensor, moments: Moments, place: Place, options: GroupOptions, 
     assert history is not None, "only where missed steps are replayed"
     if history.num_steps == 0:
         return
-    for begin in range(0, moments.num_slots, ROWS_AT_ONCE):
-        rows = moments.rows[begin : begin + ROWS_AT_ONCE]
-        catch_up(table, moments, rows, place, options, backend)
+
+    def catch_up_slots(begin: int, end: int) -> None:
+        catch_up(table, moments, moments.rows[begin:end], place, options, backend)
+
+    in_stretches(catch_up_slots, moments.num_slots, ROWS_AT_ONCE)
     if history.log_decay != 0.0:
         rounds = options.stochastic_rounding
         update.decay_untouched(table, moments, place, options.seed or 0, stochastic_rounding=rounds)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from .._memory import is_out_of_memory
 from .._validate import TABLE_DTYPES
 from .arguments import whole_number
 from .cases import CASES, Case, case_named, row_source
@@ -233,9 +234,8 @@ def _measure(case: Case, num_rounds: int | None, on_progress: Callable[[float], 
         case = dataclasses.replace(case, targets={})
     try:
         return measure(case, num_rounds, on_progress, device=device)
-    except (MemoryError, RuntimeError) as error:  # the latter is what torch raises when an allocation fails
-        is_other = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-        if is_other and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise BenchError(f"there is not enough memory for case {case.name}.") from None
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from .. import _interrupts, _validate, rounding
+from .. import _validate, rounding
+from .._memory import in_stretches
 from .._validate import Place
 from ..history import BETA1, BETA2, EPS, LOG_DECAY, NEGLIGIBLE, ROOT_SCALE, STEP_SIZE
 from ..moments import ROWS_AT_ONCE, Moments, StateLayout
@@ -258,7 +259,6 @@ def rows_behind(moments: Moments, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@_interrupts.held()
 def catch_up(read: RowsRead) -> None:
     """Take the rows that are about to be read through the steps that their weights have yet to take, one by one.
 
@@ -324,30 +324,27 @@ def _replayed(weights: Tensor, moments: Moments, slots: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decay_untouched(table: Tensor, moments: Moments, place: Place, seed: int, *, stochastic_rounding: bool) -> None:
-    """Apply the weight decay of all missed steps to the rows that have no slot; the moments forget none of it.
-
-    Rows are taken a stretch at a time, so that nothing is made that grows with the table.
-    """
+    """Apply the weight decay of all missed steps to the rows that have no slot; the moments forget none of it."""
     assert moments.history is not None, "only where missed steps are replayed"
     decay = torch.tensor(moments.history.log_decay, dtype=torch.float64, device=table.device).exp().to(moments.dtype)
-    for begin in range(0, moments.num_rows, ROWS_AT_ONCE):
-        rows = (moments.slot_of_row[begin : begin + ROWS_AT_ONCE] == 0).nonzero()[:, 0] + begin
+
+    def decay_rows(begin: int, end: int) -> None:
+        rows = (moments.slot_of_row[begin:end] == 0).nonzero()[:, 0] + begin
         random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
         with _unsafe_preserve_version_counter(table):
             _rows_to_write(table, moments, rows, lambda weights: weights * decay, random)()
 
+    in_stretches(decay_rows, moments.num_rows, ROWS_AT_ONCE)
+
 
 @torch.no_grad()
-@_interrupts.held()
 def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stochastic_rounding: bool) -> None:
-    """Apply to every row of a table, never touched ones too, the weight decay that it owes; afterwards none owes any.
-
-    Rows are taken a stretch at a time, so that nothing is made that grows with the table.
-    """
+    """Apply to every row of a table, never touched ones too, the weight decay that it owes; then none owes any."""
     if moments.log_decay == 0.0:
         return
-    for begin in range(0, moments.num_rows, ROWS_AT_ONCE):
-        rows = torch.arange(begin, min(begin + ROWS_AT_ONCE, moments.num_rows), device=moments.device)
+
+    def pay(begin: int, end: int) -> None:
+        rows = torch.arange(begin, end, device=moments.device)
         slots = moments.slot_of_row[rows].to(torch.int64) - 1
         paid = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         paid[slots >= 0] = moments["paid_log_decay"][slots[slots >= 0]]
@@ -355,5 +352,7 @@ def pay_decay(table: Tensor, moments: Moments, place: Place, seed: int, *, stoch
         rows = rows.to(table.device)
         random = _bits_of_missed_steps(moments, rows, place, seed) if stochastic_rounding else None
         _rows_to_write(table, moments, rows, partial(_decayed, decay=decay), random)()
+
+    in_stretches(pay, moments.num_rows, ROWS_AT_ONCE)
     moments["paid_log_decay"].zero_()
     moments.log_decay = 0.0
