@@ -5,14 +5,13 @@ An interrupt would end a step there, and a handler that saves, as where a cluste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ContextDecorator, ExitStack
 from types import FrameType
 from typing import Any
 
 try:
     # What CPython's signal wraps to give and take enums, which are most of its time: to hold one signal took 7.6 us
-    # with them and 1.4 without, twice in a step of a small table that replays.
+    # with them and 1.4 without, twice in a step of a small table that replays and once before each read of it.
     import _signal as signal  # type: ignore[import-not-found, unused-ignore]
 except ImportError:
     import signal
@@ -24,26 +23,35 @@ _NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGINT")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-@contextmanager
-def held() -> Iterator[None]:
+class held(ContextDecorator):  # named as contextlib's are; a generator would take 2.2 us where this takes 1.6
     """Let signals that come meanwhile take effect afterwards, each once; may be nested."""
-    came: dict[int, FrameType | None] = {}
-    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
-    try:
+
+    def __enter__(self) -> None:
+        """Hold them back."""
+        self._came: dict[int, FrameType | None] = {}
+        self._handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
         try:
-            for number in handlers:
-                signal.signal(number, came.setdefault)
+            for number in self._handlers:
+                signal.signal(number, self._came.setdefault)
         except ValueError:  # Python tells its main thread alone of signals: this one has nothing to hold back
-            handlers = {}
-        yield
-    finally:
+            self._handlers = {}
+        except BaseException:  # of one that was answered before it was held
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        """Give signals their handlers back, and call those of the ones that came."""
         try:
-            _restore(list(handlers.items()))
+            _restore(list(self._handlers.items()))
         finally:
-            if came:
+            if self._came:
                 with ExitStack() as answers:  # all of them, even where one raises
-                    for number, frame in came.items():
-                        answers.callback(handlers[number], number, frame)
+                    for number, frame in self._came.items():
+                        answers.callback(self._handlers[number], number, frame)
+
+    def _recreate_cm(self) -> held:
+        """Return another one for each call of what is decorated: it may call itself, and threads each other."""
+        return held()
 
 
 def _restore(handlers: list[tuple[int, Any]]) -> None:

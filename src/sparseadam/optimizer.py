@@ -741,7 +741,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _bring_rows_up_to_date(
         self, table: Tensor, moments: Moments, rows: Tensor, place: Place, options: GroupOptions
     ) -> None:
-        with self._undisturbed():
+        with replay.TURNS, _interrupts.held():
             if self._is_in_files(table):
                 _validate.check_row_range(rows, moments.num_rows, place)
                 behind = update.rows_behind(moments, torch.unique(rows))
