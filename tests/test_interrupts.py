@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import needs_steady_steps
 from gradients import coo
+from signals import answering
 from snapshot import snapshot
 from torch import nn
 
@@ -58,17 +58,6 @@ def interrupting(write: Callable[..., None]) -> Callable[..., None]:
 def interrupting_writes(rows_to_write: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
     """Return the same whose writes are followed by a Ctrl-C."""
     return lambda *arguments: interrupting(rows_to_write(*arguments))
-
-
-@contextmanager
-def answering(handler: Any, *numbers: int) -> Iterator[None]:
-    """Have a handler for some signals."""
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 from gradients import coo
+from signals import answering
 from snapshot import bits, snapshot
 from torch import Tensor, nn
 
@@ -759,14 +760,13 @@ def is_interrupted_at(line: int, act: Callable[[], Any]) -> bool:
                 signal.raise_signal(signal.SIGINT)
         return trace
 
-    before = sys.gettrace(), signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.settrace(trace)
-    try:
-        with suppress(KeyboardInterrupt):
+    before = sys.gettrace()
+    with answering(signal.default_int_handler, signal.SIGINT), suppress(KeyboardInterrupt):
+        sys.settrace(trace)
+        try:
             act()
-    finally:
-        sys.settrace(before[0])
-        signal.signal(signal.SIGINT, before[1])
+        finally:
+            sys.settrace(before)
     return num_lines >= line
 
 
@@ -832,13 +832,9 @@ def test_a_handler_that_commits_finds_what_is_logged_of_the_same_commit(
     def save(optimizer: SparseAdam, *_: Any) -> None:
         optimizer.checkpoint()
 
-    handler = signal.signal(signal.SIGUSR1, partial(save, training.optimizer))
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(moment_directory.MomentDirectory, "before_writing", interrupted)
-            take(training)
-    finally:
-        signal.signal(signal.SIGUSR1, handler)
+    with answering(partial(save, training.optimizer), signal.SIGUSR1), monkeypatch.context() as patch:
+        patch.setattr(moment_directory.MomentDirectory, "before_writing", interrupted)
+        take(training)
     take(want)
     del training
     gc.collect()
@@ -856,7 +852,6 @@ def test_a_handler_that_saves_while_rows_get_their_values_does_not_wait_for_them
     training = Training(tmp_path, OPTIONS["replay"])
     training.step()
     saved = []
-    handler = signal.signal(signal.SIGUSR1, lambda *_: saved.append(training.optimizer.state_dict()))
     values = Init.values
 
     def interrupted(self: Init, *arguments: Any) -> Tensor:
@@ -866,10 +861,8 @@ def test_a_handler_that_saves_while_rows_get_their_values_does_not_wait_for_them
         return made
 
     monkeypatch.setattr(Init, "values", interrupted)
-    try:
+    with answering(lambda *_: saved.append(training.optimizer.state_dict()), signal.SIGUSR1):
         initialize_rows(training.table, torch.arange(NUM_ROWS))
-    finally:
-        signal.signal(signal.SIGUSR1, handler)
     assert len(saved) == 1
 
 

@@ -402,18 +402,14 @@ class Moments(MutableMapping[str, Any]):
         """
         slots = self.slot_of_row[rows].to(torch.int64) - 1
         if self.layout.owes_decay or self.layout.replays:
-            with self.claimed_slots(rows.sort().values) as claimed:
-                self._clear(claimed)
+            claimed, _ = self._claim_slots(rows.sort().values)
+            self._clear(claimed)
             return
         self._give_back(slots[slots >= 0])
 
     def _clear(self, slots: Tensor) -> None:
-        clear: dict[str, float] = dict.fromkeys(self.slot_parts(), 0)
-        del clear["rows"]
-        clear |= {name: self.step for name in CLOCKS if name in clear}
-        if "paid_log_decay" in clear:
-            clear["paid_log_decay"] = self.log_decay
-        self.put(slots, clear)
+        not_zero = {"paid_log_decay": self.log_decay, **dict.fromkeys(CLOCKS, self.step)}
+        self.put(slots, {name: not_zero.get(name, 0) for name in self.slot_parts() if name != "rows"})
 
     def _give_back(self, slots: Tensor) -> None:
         """Move the last slots to the places of those given back, whose memory is zero afterwards, as new slots' is."""
@@ -427,11 +423,10 @@ class Moments(MutableMapping[str, Any]):
         index = (holes + 1).to(self.slot_of_row.dtype)
         on_the_way = [torch.empty_like(part[: min(len(movers), ROWS_AT_ONCE)]) for part in parts]
         for part, scratch in zip(parts, on_the_way, strict=True):
-            for begin in range(0, len(movers), ROWS_AT_ONCE):
-                piece = slice(begin, begin + ROWS_AT_ONCE)
-                carried = scratch[: len(movers[piece])]
-                torch.index_select(part, 0, movers[piece], out=carried)
-                part.index_copy_(0, holes[piece], carried)
+            pieces = zip(torch.split(movers, ROWS_AT_ONCE), torch.split(holes, ROWS_AT_ONCE), strict=True)
+            for leaving, taken in pieces:
+                carried = torch.index_select(part, 0, leaving, out=scratch[: len(leaving)])
+                part.index_copy_(0, taken, carried)
             part[num_left:].zero_()
         self.slot_of_row.index_fill_(0, forgotten, 0)
         self.slot_of_row.index_copy_(0, moved, index)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from threading import RLock
 from typing import Any, TypeVar, cast, overload
@@ -454,23 +454,22 @@ class SparseAdam(torch.optim.Optimizer):
             self._remember_options(self._steady_step, options)
         if not dense.are_finite_where_asked(self._steady_dense, options):
             return False
+        if not self._steady_dense and not self._steady_step.replaying:
+            return self._run_steadily(self._steady_step, options)
+        # The step goes on behind its native part: signals wait, and so do threads that read rows.
+        with replay.TURNS, _interrupts.held():
+            return self._run_steadily(self._steady_step, options)
+
+    def _run_steadily(self, steady_step: SteadyStep, options: Sequence[GroupOptions]) -> bool:
         parameters = [group["params"] for group in self.param_groups]
         scalars_at = [functools.partial(step_scalars, group_options) for group_options in options]
-        replaying = self._steady_step.replaying
-        with self._undisturbed() if self._steady_dense or replaying else nullcontext():
-            grads = self._steady_step.run(self.state, parameters, scalars_at)
-            if grads is None:
-                return False
-            if grads:
-                dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
-            self._flush_where_due(replaying, options)
+        grads = steady_step.run(self.state, parameters, scalars_at)
+        if grads is None:
+            return False
+        if grads:
+            dense.update_parameters(zip(self._steady_dense, grads, strict=True), options)
+        self._flush_where_due(steady_step.replaying, options)
         return True
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Hold off signals and threads that read rows: where this is needed, a step goes on behind its native part."""
-        with replay.TURNS, _interrupts.held():
-            yield
 
     @_outside_inference_mode
     def _step_generally(self, options: Sequence[GroupOptions]) -> None:

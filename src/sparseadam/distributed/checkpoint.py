@@ -146,7 +146,7 @@ def _make_room(final: Path, partial: Path) -> str | None:
             return "it is there already"
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in final.parent.iterdir():
-            if left.name.startswith(_PARTIAL) and _COMPLETE.fullmatch(left.name.removeprefix(_PARTIAL)):
+            if re.fullmatch(_PARTIAL + _COMPLETE.pattern, left.name):
                 shutil.rmtree(left)
         partial.mkdir()
     except OSError as error:

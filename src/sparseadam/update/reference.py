@@ -172,9 +172,10 @@ def update_slots(update: RowUpdate, slots: Tensor, summed: SummedRows) -> None:
 
     denom = _as_rows(exp_avg_sq, grad).sqrt().mul(root_scale).add_(scalars.eps)
     change = (exp_avg * step_size).div_(denom)
-    decay = _row_decay(moments, slots, scalars)
+    owed = moments.log_decay + scalars.log_decay
+    decay = _row_decay(moments, slots, scalars.decay, owed)
     if moments.layout.owes_decay:
-        changed["paid_log_decay"] = moments.log_decay + scalars.log_decay
+        changed["paid_log_decay"] = owed
     random = None
     if update.stochastic_rounding:
         random = _random_bits(update, rows, rounding.TABLE)
@@ -198,11 +199,10 @@ def _row_corrections(moments: Moments, touches: Tensor, scalars: StepScalars) ->
     return step_size, root_scale
 
 
-def _row_decay(moments: Moments, slots: Tensor, scalars: StepScalars) -> Tensor:
-    """Return what each row's weights are multiplied by."""
+def _row_decay(moments: Moments, slots: Tensor, decay_of_step: float, owed: float) -> Tensor:
+    """Return what each row's weights are multiplied by: the decay of all that it owes, or of this step."""
     if not moments.layout.owes_decay:
-        return torch.full((len(slots),), scalars.decay, dtype=moments.dtype, device=moments.device)
-    owed = moments.log_decay + scalars.log_decay
+        return torch.full((len(slots),), decay_of_step, dtype=moments.dtype, device=moments.device)
     decay: Tensor = (owed - moments["paid_log_decay"][slots]).exp()
     return decay.to(moments.dtype)
 
